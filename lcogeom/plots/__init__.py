@@ -1,0 +1,6 @@
+"""Figures from recorded run folders, and only from them."""
+
+from lcogeom.plots.convexity import convexity_figure
+from lcogeom.plots.stability import stability_figure
+
+__all__ = ["convexity_figure", "stability_figure"]

@@ -1,0 +1,369 @@
+"""attach(): taps and optimiser hooks on a running model -> rows in a run folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lcogeom.objectives import Objective
+from lcogeom.objectives import objective as objective_by_name
+from lcogeom.recording.batch import BatchRecord
+from lcogeom.recording.gradients import GradientMeter
+from lcogeom.recording.head import output_head
+from lcogeom.recording.summary import summarise, token_columns
+from lcogeom.recording.taps import Tap, TapError, hidden_tap, logits_tap
+from lcogeom.recording.tokens import Candidates, TokenRows, choose, measure, shrink
+from lcogeom.runs.store import RunWriter
+
+FLUSH_SECONDS = 60.0
+
+
+class Probe:
+    """A recorder attached to one model and optimiser. Made by `attach`; a context manager."""
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        writer: RunWriter,
+        minimised: Objective | None,
+        tap: str,
+        tokens_per_update: int,
+        flush_every: int,
+        seed: int,
+        tokenizer: transformers.PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.path: Path = writer.path
+        self._writer = writer
+        self._objective = minimised
+        self._budget = tokens_per_update
+        self._flush_every = flush_every
+        self._rng = torch.Generator().manual_seed(seed)
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._head = output_head(model)
+        self._meter = GradientMeter(model, optimizer)
+        self._tap: Tap = (
+            logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
+        )
+        self._steps = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        self._batch: BatchRecord | None = None
+        self._candidates: list[Candidates] = []
+        self._measured: list[tuple[Candidates, TokenRows]] = []
+        self._losses: list[Tensor] = []
+        self._mismatches: list[Tensor] = []
+        self._sequences = 0
+        self._completion_tokens = 0
+        self._backwards = 0
+        self._step = 0
+        self._now: dict[str, Any] = {}
+        self._pending: list[dict[str, Any]] = []
+        self._warned = False
+        self._started = self._flushed = time.monotonic()
+
+    def batch(
+        self,
+        *,
+        input_ids: Tensor,
+        action_mask: Tensor | None = None,
+        advantages: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        loss: Tensor | float | None = None,
+        advantage_ids: Tensor | None = None,
+        old_logits: Tensor | None = None,
+    ) -> None:
+        """Say what the next backward pass is about. Optional; before `loss.backward()`, once for each of them.
+
+        Args:
+            input_ids: (B, T) as given to the model.
+            action_mask: (B, T), true at completion tokens: entry t belongs to the token input_ids[:, t], which the
+                logits at t - 1 predicted. Without it, tokens whose gradient is not zero count.
+            advantages: (B, T), or (B, T, K) with `advantage_ids`.
+            old_logprobs, ref_logprobs: (B, T), of the tokens input_ids[:, t] under behaviour and reference policy.
+            loss: the loss to be back-propagated, for the record.
+            advantage_ids: (B, T, K) token ids the advantages belong to.
+            old_logits: (M, V), the rollout policy's logits of the M completion tokens, in the order of
+                `action_mask.nonzero()`; target objectives need them for their misfit.
+
+        Raises:
+            ValueError: a wrong shape, no completion token, a NaN among the completion tokens. Names the argument.
+        """
+        given = {
+            "action_mask": action_mask,
+            "advantages": advantages,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "advantage_ids": advantage_ids,
+        }
+        self._batch = BatchRecord(input_ids, given, old_logits)
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach().mean())
+
+    def flush(self) -> None:
+        """Write everything recorded so far to the run folder."""
+        for update in self._pending:
+            self._write(update)
+        self._pending.clear()
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Take every hook off and flush. The model is as it was before `attach`."""
+        self._tap.remove()
+        self._meter.remove()
+        for handle in self._steps:
+            handle.remove()
+        self.flush()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _arrived(self, values: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
+        """A backward pass reached the tap: keep its completion tokens."""
+        batch, self._batch = self._batch, None
+        self._backwards += 1
+        if ids is None:
+            if batch is None:
+                raise TapError(
+                    "the model was called without input_ids. Call probe.batch(input_ids=...) before backward()."
+                )
+            ids = batch.input_ids
+        elif batch is not None:
+            if batch.input_ids.shape != ids.shape:
+                raise ValueError(
+                    f"input_ids: batch() was given {tuple(batch.input_ids.shape)}, but the model saw "
+                    f"{tuple(ids.shape)}. Call batch() once for each forward and backward pass, with its own rows."
+                )
+            self._mismatches.append((batch.input_ids.to(ids.device) != ids).any())
+        kept = ids.shape[1] - values.shape[1]  # logits_to_keep: only the last positions were computed
+        if batch is not None and batch.mask is not None:
+            sequence, place = batch.mask.to(ids.device).nonzero(as_tuple=True)
+        else:
+            sequence, place = (gradient[:, :-1] != 0).any(2).nonzero(as_tuple=True)
+            place = place + kept + 1
+        if len(place) and int(place.min()) <= kept:
+            raise ValueError(
+                f"action_mask: it marks input position {int(place.min())}, but the model computed "
+                f"{values.shape[1]} of {ids.shape[1]} positions. Keep one more in logits_to_keep."
+            )
+        source = (sequence, place - 1 - kept)
+        first = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+        if batch is not None and batch.mask is not None:
+            first = batch.mask.to(ids.device).int().argmax(1)
+        actions = ids[sequence, place]
+        some = Candidates(
+            values=values[source],
+            gradients=gradient[source].detach(),
+            sequence=sequence + self._sequences,
+            position=place - first[sequence],
+            actions=actions,
+            weight=torch.ones(len(place), dtype=torch.float64, device=ids.device),
+            batch=None if batch is None else batch.rows(sequence, place, actions),
+        )
+        self._sequences += ids.shape[0]
+        self._completion_tokens += len(place)
+        if not len(place):
+            return
+        some = choose(some, self._budget, self._rng)
+        if self._tap.kind == "hidden":
+            self._candidates.append(some)
+        else:  # logits are too large to keep until the step
+            self._measured.append((some, measure(some, self._objective, None)))
+
+    def _before_step(self) -> None:
+        if not self._backwards:
+            raise TapError(_silence(self._tap))
+        if self._candidates:
+            for some in shrink(self._candidates, self._budget, self._rng):
+                self._measured.append((some, measure(some, self._objective, self._head)))
+        self._now = self._meter.before_step()
+
+    def _after_step(self) -> None:
+        found, norms = self._meter.after_step()
+        self._pending.append(
+            {
+                "step": self._step,
+                "seconds": time.monotonic() - self._started,
+                "values": self._now | found,
+                "norms": norms,
+                "measured": self._measured,
+                "losses": self._losses,
+                "mismatches": self._mismatches,
+                "tokens": self._completion_tokens,
+            }
+        )
+        self._measured, self._losses, self._mismatches, self._candidates = [], [], [], []
+        self._sequences = self._completion_tokens = self._backwards = 0
+        self._step += 1
+        if len(self._pending) >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, update: Mapping[str, Any]) -> None:
+        """One update's rows. The only place that waits for the device."""
+        if any(bool(mismatch) for mismatch in update["mismatches"]):
+            warnings.warn(
+                f"update {update['step']}: batch() was given other input_ids than the model saw; advantages and old "
+                "log-probabilities of this update belong to other tokens",
+                stacklevel=2,
+            )
+        step = update["step"]
+        tokens = token_columns(update["measured"])
+        if tokens:
+            if tokens.pop("contradicts").any() and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"update {step}: at some tokens the gradient has the opposite sign of what objective "
+                    f"{self._objective!r} says; their `convex` is left empty. Are these the advantages it trains on?",
+                    stacklevel=2,
+                )
+            ids = tokens["token_id"].tolist()
+            self._writer.add("tokens", {**tokens, "text": [self._text(i) for i in ids], "step": [step] * len(ids)})
+        norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
+        norms["step"] = [step] * len(norms["name"])
+        self._writer.add("norms", norms)
+        losses = [float(loss) for loss in update["losses"]]
+        row: dict[str, object] = {
+            "step": step,
+            "seconds": update["seconds"],
+            "objective": None if self._objective is None else self._objective.name,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "tokens": update["tokens"],
+            **{name: float(value) for name, value in update["values"].items()},
+            **summarise(tokens),
+        }
+        self._writer.add("updates", {name: [value] for name, value in row.items()})
+
+    def _text(self, token: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([token])
+        return self._texts[token]
+
+
+def _number(value: object) -> object:
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _silence(tap: Tap) -> str:
+    if tap.forwards:
+        return (
+            f"no gradient reached the recorder in this update, though the model ran forward {tap.forwards} "
+            "time(s) with gradients: the loss does not depend on its output, or backward() was not called. "
+            "Check what is minimised."
+        )
+    if tap.kind == "logits":
+        return (
+            "no gradient reached the recorder in this update: the model returned no logits that need a gradient. "
+            "A fused loss never builds them. Use tap='hidden'."
+        )
+    return (
+        "no gradient reached the recorder in this update: the model's forward never ran with gradients through the "
+        "hooks. Hooks registered after torch.compile never fire: call lcogeom.attach(model, ...) first, then "
+        "torch.compile(model). Is this the model that is being trained?"
+    )
+
+
+def attach(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: str | Path,
+    *,
+    objective: str | Objective | None = None,
+    tokens_per_update: int = 256,
+    tap: str = "hidden",
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    labels: Mapping[str, str | int | float] | None = None,
+    flush_every: int = 10,
+    seed: int = 0,
+) -> Probe:
+    """Record every update of a training loop into a run folder, without changing a bit of it.
+
+    Use it as a context manager around the loop, or call `close()` at the end. Keeps one copy of the parameters and one
+    of their gradient on the model's device, for the directions between updates.
+
+    Args:
+        model: a transformers causal LM, before torch.compile.
+        optimizer: the one whose `step()` makes the updates.
+        run: folder to create.
+        objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
+            `negative_count` and `d2`; without it those stay empty.
+        tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
+        tap: "hidden" reads the last hidden state, which every training path has; "logits" reads the logits, where the
+            loss is computed from them: the whole logit gradient, whatever the loss.
+        tokenizer: fills the `text` column.
+        labels: kept with the run; columns of their own when several runs are read together.
+        flush_every: updates between two writes (one is also made every minute).
+        seed: of the sample of tokens.
+
+    Raises:
+        FileExistsError: `run` exists.
+        TypeError: not a causal LM of transformers with an LM head.
+        ValueError: an argument out of range, or an optimizer that does not update this model.
+        TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
+    """
+    minimised = objective_by_name(objective) if isinstance(objective, str) else objective
+    if tap not in ("hidden", "logits"):
+        raise ValueError(f"tap: {tap!r}; must be 'hidden' or 'logits'.")
+    for name, value in (("tokens_per_update", tokens_per_update), ("flush_every", flush_every)):
+        if value < 1:
+            raise ValueError(f"{name}: {value}; must be at least 1.")
+    if hasattr(model, "_orig_mod"):
+        raise TapError(
+            "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
+            "lcogeom.attach(model, ...) first, then torch.compile(model)."
+        )
+    output_head(model)  # before the folder is made
+    meta = {
+        "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
+        "model": type(model).__name__,
+        "vocabulary": int(output_head(model).module.weight.shape[0]),  # type: ignore[index]
+        "optimizer": type(optimizer).__name__,
+        "tap": tap,
+        "tokens_per_update": tokens_per_update,
+        "labels": dict(labels or {}),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    writer = RunWriter(run, meta)
+    try:
+        return Probe(
+            model=model,
+            optimizer=optimizer,
+            writer=writer,
+            minimised=minimised,
+            tap=tap,
+            tokens_per_update=tokens_per_update,
+            flush_every=flush_every,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+    except (TapError, TypeError, ValueError):
+        shutil.rmtree(writer.path)  # made a moment ago, empty
+        raise
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+        for key, value in options.items()
+    }

@@ -1,0 +1,7 @@
+"""The run folder: what the live half writes and the reading half reads."""
+
+from lcogeom.runs.columns import COLUMNS, Column, glossary
+from lcogeom.runs.reading import Run, load_run
+from lcogeom.runs.store import RunWriter, create_folder
+
+__all__ = ["COLUMNS", "Column", "Run", "RunWriter", "create_folder", "glossary", "load_run"]

@@ -1,0 +1,110 @@
+"""Every recorded column: name, type, unit, meaning. The one list of them; the glossary and the file schema follow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import pyarrow as pa
+
+TABLES = ("tokens", "norms", "updates")
+"""In the order in which they are flushed: an update's row appears only after its tokens and norms."""
+
+SIGNS = {"_positive": "tokens with A > 0", "_negative": "tokens with A < 0"}
+
+
+@dataclass(frozen=True)
+class Column:
+    table: str
+    name: str
+    type: str
+    """int64, float64, bool or string; null where a value is not known."""
+    unit: str
+    meaning: str
+
+
+def _split(name: str, kind: str, unit: str, meaning: str) -> list[Column]:
+    """The column over all tokens, and again over each sign of the advantage."""
+    rows = [Column("updates", name, kind, unit, meaning)]
+    return rows + [Column("updates", name + end, kind, unit, f"{name}, {which} only") for end, which in SIGNS.items()]
+
+
+COLUMNS: list[Column] = [
+    Column("updates", "step", "int64", "1", "optimiser steps before this one; the first is 0"),
+    Column("updates", "seconds", "float64", "s", "wall time from attach() to the end of this update"),
+    Column("updates", "objective", "string", "", "the objective named at attach(), null where none was"),
+    Column(
+        "updates", "loss", "float64", "loss", "mean over the update's backward passes of the loss handed to batch()"
+    ),
+    Column("updates", "grad_norm", "float64", "loss / weight", "Euclidean norm of the gradient before clipping"),
+    Column("updates", "grad_norm_clipped", "float64", "loss / weight", "the same as the optimiser received it"),
+    Column(
+        "updates",
+        "qkv_mean_frobenius",
+        "float64",
+        "loss / weight",
+        "unweighted mean of the Frobenius norms of all query, key and value projection gradients, before clipping; "
+        "fused projections are split (arXiv 2603.00963's measure, systems.md 1.4)",
+    ),
+    Column("updates", "update_norm", "float64", "weight", "Euclidean norm of the step d = theta_new - theta_old"),
+    Column("updates", "grad_cos_prev", "float64", "1", "cosine of this gradient with the previous update's"),
+    Column("updates", "step_grad_cos", "float64", "1", "cosine of the step d with -gradient, as the optimiser got it"),
+    *_split("logprob", "float64", "nat", "mean log-probability of the actions, current policy"),
+    *_split("action_prob", "float64", "1", "mean probability of the actions, current policy"),
+    *_split("entropy", "float64", "nat", "mean entropy of the policy over the whole vocabulary"),
+    *_split(
+        "logit_grad_norm",
+        "float64",
+        "loss",
+        "Euclidean norm of d loss / d logits over all completion tokens of the update",
+    ),
+    *_split("ratio_min", "float64", "1", "smallest recorded probability ratio, current / behaviour policy"),
+    *_split("ratio_q05", "float64", "1", "5 % quantile of the recorded ratios, by weight"),
+    *_split("ratio_median", "float64", "1", "median of the recorded ratios, by weight"),
+    *_split("ratio_q95", "float64", "1", "95 % quantile of the recorded ratios, by weight"),
+    *_split("ratio_max", "float64", "1", "largest recorded ratio"),
+    *_split("convex_share", "float64", "1", "share of tokens at which the loss is convex in the logits"),
+    *_split("tokens", "int64", "1", "completion tokens in the update (by sign: estimated where not all are recorded)"),
+    Column("tokens", "step", "int64", "1", "the update this token was part of"),
+    Column("tokens", "sequence", "int64", "1", "row of the batch, counted through the update's backward passes"),
+    Column("tokens", "position", "int64", "1", "place in the completion, from 0; in the input where that is unknown"),
+    Column("tokens", "token_id", "int64", "1", "the action a"),
+    Column("tokens", "text", "string", "", "the action decoded, null without a tokenizer"),
+    Column("tokens", "weight", "float64", "1", "how many tokens this row stands for; weighted means are unbiased"),
+    Column("tokens", "advantage", "float64", "reward", "A of the sampled action"),
+    Column("tokens", "logprob", "float64", "nat", "l = log pi, current policy"),
+    Column("tokens", "old_logprob", "float64", "nat", "log-probability under the behaviour policy"),
+    Column("tokens", "ratio", "float64", "1", "r = exp(logprob - old_logprob)"),
+    Column("tokens", "prob", "float64", "1", "pi, the action's probability"),
+    Column("tokens", "entropy", "float64", "nat", "entropy of the policy at this token"),
+    Column("tokens", "sum_sq_prob", "float64", "1", "sum over the vocabulary of p^2"),
+    Column("tokens", "logit_grad_norm", "float64", "loss", "Euclidean norm of d loss / d logits at this token"),
+    Column("tokens", "d1", "float64", "loss", "f'(l) of the back-propagated loss; null for a loss that is no f(l)"),
+    Column("tokens", "d2", "float64", "loss", "f''(l) of the back-propagated loss; null where it does not follow"),
+    Column(
+        "tokens",
+        "misfit",
+        "float64",
+        "1",
+        "relative distance of the gradient seen from the best multiple of the declared objective's (of u = e_a - p "
+        "where none is declared): near 0 when the loss is what it says",
+    ),
+    Column("tokens", "convex", "bool", "", "whether the loss is convex in the logits here (method.md 2.2)"),
+    Column("tokens", "negative_count", "int64", "1", "negative eigenvalues of the loss's Hessian in the logits"),
+    Column("norms", "step", "int64", "1", "the update"),
+    Column("norms", "scope", "string", "", "'layer' (a numbered block, or a module outside them) or 'group'"),
+    Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
+    Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
+    Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
+    Column("norms", "weight_norm", "float64", "weight", "Euclidean norm of its parameters before the step"),
+]
+
+
+def glossary() -> pd.DataFrame:
+    """The columns as a table: table, name, type, unit, meaning."""
+    return pd.DataFrame([asdict(column) for column in COLUMNS])
+
+
+def schema(table: str) -> pa.Schema:
+    """The file schema of one table."""
+    return pa.schema([(column.name, pa.type_for_alias(column.type)) for column in COLUMNS if column.table == table])

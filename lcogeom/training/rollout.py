@@ -1,0 +1,119 @@
+"""Sampling completions, and the tensors of one update made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor
+
+from lcogeom.training.tasks import Problem, score
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One problem, answered by the model."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """Sampled tokens, the one that ended the completion included."""
+    completion: str
+    reward: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """B samples side by side, padded on the right."""
+
+    input_ids: Tensor
+    """(B, T)."""
+    attention_mask: Tensor
+    """(B, T), 0 on padding."""
+    action_mask: Tensor
+    """(B, T) bool, true on sampled tokens."""
+
+
+def generate(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    stop: str | None = None,
+) -> list[Sample]:
+    """Sample one completion for each problem at temperature 1 from the full distribution.
+
+    Args:
+        stop: a completion ends at the first token whose text contains it, or at the end-of-sequence token.
+        seed: of the sampling; the global generators are left as they were.
+
+    Raises:
+        ValueError: no problem, a prompt without a token, a tokenizer without a token to pad with.
+    """
+    if not problems:
+        raise ValueError("problems: none to complete.")
+    pad = pad_id(tokenizer)
+    prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
+    empty = [number for number, ids in enumerate(prompts, start=1) if not ids]
+    if empty:
+        raise ValueError(f"problems: the prompt of problem {empty[0]} has no token; a completion needs one before it.")
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=model.device)
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    stops = stop_ids(tokenizer, stop)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=stops or None,
+        )
+    samples = []
+    for problem, prompt, row in zip(problems, prompts, tokens[:, width:].tolist(), strict=True):
+        end = next((place for place, token in enumerate(row) if token in stops), len(row) - 1)
+        kept = row[: end + 1]
+        text = tokenizer.decode(kept, skip_special_tokens=True)
+        samples.append(Sample(problem, tuple(prompt), tuple(kept), text, score(text, problem.answer)))
+    return samples
+
+
+def side_by_side(samples: Sequence[Sample], pad: int, device: torch.device) -> Sequences:
+    """The samples as one batch of sequences: prompt, completion, padding."""
+    rows = [sample.prompt_ids + sample.completion_ids for sample in samples]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    attention = torch.zeros_like(ids)
+    actions = torch.zeros_like(ids, dtype=torch.bool)
+    for place, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+        ids[place, : len(row)] = torch.tensor(row)
+        attention[place, : len(row)] = 1
+        actions[place, len(sample.prompt_ids) : len(row)] = True
+    return Sequences(ids.to(device), attention.to(device), actions.to(device))
+
+
+def pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """The token to pad with."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} has neither a pad nor an eos token; set pad_token.")
+    return int(pad)
+
+
+def stop_ids(tokenizer: transformers.PreTrainedTokenizerBase, stop: str | None) -> list[int]:
+    """Tokens that end a completion: the end-of-sequence token, and every token whose text contains `stop`."""
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if stop is not None:
+        every = range(len(tokenizer))
+        ends += [i for i, text in zip(every, tokenizer.batch_decode([[i] for i in every]), strict=True) if stop in text]
+    return sorted(set(ends))
