@@ -56,7 +56,9 @@ if __name__ == "__main__":
         rows = run.updates.groupby(keys, sort=False)[[*data]].apply(one_seed).reset_index()
         tables.append(rows)
         updates = int(run.updates["step"].max()) + 1
-        table = Table(title=f"{rows['model'].iloc[0]}: {updates} updates on one batch, {rows['seed'].nunique()} seed(s)")
+        table = Table(
+            title=f"{rows['model'].iloc[0]}: {updates} updates on one batch, {rows['seed'].nunique()} seed(s)"
+        )
         table.add_column("objective", no_wrap=True)
         for heading in ("convex tokens, %", "first grad norm", "largest grad norm", "at update", "final action prob"):
             table.add_column(heading, justify="right", no_wrap=True)

@@ -47,7 +47,7 @@ def replay_command(
     beta: Annotated[float | None, typer.Option(help="Of the LCO objectives. Default: 2.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 24,
     stop: Annotated[
-        str | None, typer.Option(help="End a completion at this text. Default: a line break for arithmetic.")
+        str | None, typer.Option(help="End a completion at this text, beside the model's own end of sequence.")
     ] = None,
     tap: Annotated[str, typer.Option(help="Where the recorder reads: logits or hidden.")] = "logits",
 ) -> None:

@@ -79,15 +79,12 @@ def draw_phase(axes: Axes, run: Run) -> None:
         )
     axes.grid(visible=False)
     axes.set_xlabel("Action probability π")
-    points = axes.scatter(
-        pi, pull, c=tokens["step"].to_numpy(int), s=4, cmap="viridis", alpha=0.7, linewidths=0, rasterized=True
-    )
+    points = axes.scatter(pi, pull, c=tokens["step"].to_numpy(int), s=4, cmap="viridis", linewidths=0, rasterized=True)
     axes.set_xticks([1e-6, 1e-4, 1e-2, 0.5, 0.99, 0.9999], ["$10^{-6}$", "$10^{-4}$", ".01", ".5", ".99", ".9999"])
     axes.minorticks_off()
     bar = axes.figure.colorbar(points, ax=axes, pad=0.02, aspect=30)
     bar.set_label("Update")
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.solids.set_alpha(1)  # type: ignore[union-attr]
+    bar.outline.set_visible(False)
 
 
 def draw_share(axes: Axes, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Gradient norms, action probability and entropy against updates, one line per objective: the paper's stability plot."""
+"""The paper's stability plot: gradient norms, action probability and entropy against updates."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -13,6 +14,7 @@ from torch import Tensor
 
 SEPARATE = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
 FUSED = {"qkv_proj", "c_attn", "Wqkv", "W_pack", "query_key_value"}
+PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
 INTERLEAVED = {"query_key_value"}  # [q of the group's heads, k, v] for each key/value head, not q | k | v
 
 
@@ -67,49 +69,59 @@ class GradientMeter:
 
     def before_step(self) -> dict[str, Tensor]:
         """Norms of the gradient, and its cosine with the last one; keeps copies of parameters and gradient."""
-        gradients = [parameter.grad for _, parameter in self._parameters]
-        clipped = [_norm(g).square() for g in gradients if g is not None]
-        found = {"grad_norm_clipped": _root_of_sum(clipped)}
+        first = self._before is None
+        if self._before is None:
+            self._before = [torch.empty_like(_flat(parameter)) for _, parameter in self._parameters]
+        now, last, along = _Sum(), _Sum(), _Sum()
+        comparable = True
+        with torch.no_grad():
+            for place, (_, parameter) in enumerate(self._parameters):
+                self._before[place].copy_(_flat(parameter))
+                gradient, kept = parameter.grad, self._gradient[place]
+                if gradient is None:
+                    self._gradient[place] = None
+                    continue
+                if kept is None:
+                    kept = self._gradient[place] = torch.zeros_like(_flat(gradient))
+                    comparable = False
+                for new, old in _pieces(_flat(gradient), kept):
+                    now.add(_square(new))
+                    if comparable:
+                        last.add(_square(old))
+                        along.add(_dot(new, old))
+                    old.copy_(new)
+        found = {"grad_norm_clipped": now.root()}
         if self._arrived:
             found["grad_norm"] = _root_of_sum(self._arrived.values())
         if self._attention:
             found["qkv_mean_frobenius"] = torch.cat(list(self._attention.values())).mean()
-        pairs = [(g, last) for g, last in zip(gradients, self._gradient, strict=True) if g is not None]
-        if pairs and all(last is not None for _, last in pairs):
-            found["grad_cos_prev"] = _cosine([(g, last) for g, last in pairs if last is not None])
-        with torch.no_grad():
-            if self._before is None:
-                self._before = [parameter.detach().clone() for _, parameter in self._parameters]
-            else:
-                for copy, (_, parameter) in zip(self._before, self._parameters, strict=True):
-                    copy.copy_(parameter)
-            for place, gradient in enumerate(gradients):
-                last = self._gradient[place]
-                if gradient is None or last is None:
-                    self._gradient[place] = None if gradient is None else gradient.detach().clone()
-                else:
-                    last.copy_(gradient)
+        if comparable and not first:
+            found["grad_cos_prev"] = along.total() / (now.root() * last.root())
         return found
 
     def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]]]:
         """(norm of the step and its cosine with -gradient, rows of the norms table without their step)."""
         assert self._before is not None
-        weights = [_norm(kept).square() for kept in self._before]
+        steps, forces, along = [_Sum() for _ in self._parameters], _Sum(), _Sum()
         with torch.no_grad():
-            backwards = [kept.sub_(p.detach()) for kept, (_, p) in zip(self._before, self._parameters, strict=True)]
-        steps = [_norm(change).square() for change in backwards]
-        found = {"update_norm": _root_of_sum(steps)}
-        pairs = [(change, g) for change, g in zip(backwards, self._gradient, strict=True) if g is not None]
-        if pairs:
-            found["step_grad_cos"] = _cosine(pairs)
+            for place, (_, parameter) in enumerate(self._parameters):
+                gradient = self._gradient[place]
+                for before, after, force in _pieces(self._before[place], _flat(parameter), gradient):
+                    backwards = before.sub_(after)
+                    steps[place].add(_square(backwards))
+                    if force is not None:
+                        forces.add(_square(force))
+                        along.add(_dot(backwards, force))
+        found = {"update_norm": _root_of_sum(step.total() for step in steps)}
+        if forces.terms:
+            found["step_grad_cos"] = along.total() / (found["update_norm"] * forces.root())
         rows: dict[str, list[object]] = defaultdict(list)
         for (scope, name), members in self._members.items():
             rows["scope"].append(scope)
             rows["name"].append(name)
             arrived = [self._arrived[place] for place in members if place in self._arrived]
             rows["grad_norm"].append(_root_of_sum(arrived) if arrived else None)
-            rows["update_norm"].append(_root_of_sum(steps[place] for place in members))
-            rows["weight_norm"].append(_root_of_sum(weights[place] for place in members))
+            rows["update_norm"].append(_root_of_sum(steps[place].total() for place in members))
         self._arrived.clear()
         self._attention.clear()
         return found, rows
@@ -177,21 +189,45 @@ def _key_value_heads(config: transformers.PretrainedConfig, heads: int) -> int:
     return int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
 
 
+class _Sum:
+    """A sum of 0-d tensors, kept on their device and added in float64 at the end."""
+
+    def __init__(self) -> None:
+        self.terms: list[Tensor] = []
+
+    def add(self, term: Tensor) -> None:
+        self.terms.append(term)
+
+    def total(self) -> Tensor:
+        return torch.stack(self.terms).double().sum()
+
+    def root(self) -> Tensor:
+        return self.total().sqrt()
+
+
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same stretch of each flat tensor, small enough that what follows finds it in the cache; None stays None."""
+    assert tensors[0] is not None
+    for start in range(0, len(tensors[0]), PIECE):
+        yield tuple(None if tensor is None else tensor[start : start + PIECE] for tensor in tensors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)
+
+
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _square(tensor: Tensor) -> Tensor:
+    return _norm(tensor).square()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    precise = torch.promote_types(a.dtype, torch.float32)
+    return torch.dot(a.to(precise), b.to(precise))
+
+
 def _root_of_sum(squares: Iterable[Tensor]) -> Tensor:
     return torch.stack([square.double() for square in squares]).sum().sqrt()
-
-
-def _cosine(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Cosine of two vectors given as pairs of their pieces."""
-    dots = [torch.dot(_flat(a), _flat(b)).double() for a, b in pairs]
-    return torch.stack(dots).sum() / (
-        _root_of_sum(_norm(a).square() for a, _ in pairs) * _root_of_sum(_norm(b).square() for _, b in pairs)
-    )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).reshape(-1)

@@ -15,7 +15,7 @@ from lcogeom.geometry.softmax import TokenDistribution, token_distribution
 from lcogeom.objectives import ActionObjective, Objective, TokenBatch
 from lcogeom.recording.head import OutputHead
 
-BLOCK_ELEMENTS = 2**22  # logits looked at together: 32 MiB in float64
+BLOCK_ELEMENTS = 2**19  # logits looked at together: 4 MiB in float64, which the cache holds
 TRUSTED_MISFIT = 0.05  # beyond it the gradient is not a multiple of the expected direction
 
 

@@ -96,7 +96,6 @@ COLUMNS: list[Column] = [
     Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
     Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
     Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
-    Column("norms", "weight_norm", "float64", "weight", "Euclidean norm of its parameters before the step"),
 ]
 
 

@@ -7,6 +7,7 @@ updates on those completions, and record everything. What differs between two ru
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -68,7 +69,7 @@ class ReplaySettings:
     max_new_tokens: int = 24
     """Longest completion."""
     stop: str | None = None
-    """A completion ends at a token that contains this text; None: a line break for arithmetic, else nothing."""
+    """A completion ends at a token that contains this text, or at the model's end of sequence."""
     sampling_rounds: int = 40
     """Give up after so many rounds of 32 samples without enough completions of the kind asked for."""
     tap: str = "logits"
@@ -82,6 +83,8 @@ class ReplaySettings:
             raise ValueError(f"select: {self.select!r}; must be positive, negative or mixed.")
         if self.select == "mixed" and self.sequences < 2:
             raise ValueError("sequences: 1 cannot be mixed; ask for at least 2, or select positive or negative.")
+        if self.tap not in ("logits", "hidden"):
+            raise ValueError(f"tap: {self.tap!r}; must be logits or hidden.")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: {self.learning_rate}; must be a finite number > 0.")
         for name in self.objectives:
@@ -135,11 +138,13 @@ def replay(settings: ReplaySettings, run: str | Path, progress: Progress | None 
     read_source(settings, 1, 0)  # a broken file is said before a model is loaded
     loaded = load_model(settings.model)
     rate = settings.learning_rate or (TINY_LEARNING_RATE if settings.model == "tiny" else LEARNING_RATE)
-    folder = create_folder(run, {"replay": asdict(settings), "learning_rate": rate}, kind=COLLECTION)
     start = {name: tensor.detach().clone() for name, tensor in loaded.model.state_dict().items()}
+    batch = make_batch(loaded, settings, 0, tell)  # before the folder: too few completions leave nothing behind
+    folder = create_folder(run, {"replay": asdict(settings), "learning_rate": rate}, kind=COLLECTION)
     for seed in range(settings.seeds):
-        loaded.model.load_state_dict(start)
-        batch = make_batch(loaded, settings, seed, tell)
+        if seed > 0:
+            loaded.model.load_state_dict(start)
+            batch = make_batch(loaded, settings, seed, tell)
         _write_samples(folder / f"samples-seed-{seed}.json", batch)
         for name in settings.objectives:
             loaded.model.load_state_dict(start)
@@ -169,7 +174,6 @@ def make_batch(loaded: LoadedModel, settings: ReplaySettings, seed: int, progres
         "mixed": {1.0: (settings.sequences + 1) // 2, 0.0: settings.sequences // 2},
     }[settings.select]
     kept: dict[float, list[Sample]] = {reward: [] for reward in wanted}
-    stop = settings.stop if settings.stop or not settings.problems.startswith("arithmetic") else "\n"
     for attempt in range(settings.sampling_rounds):
         progress(f"sampling, seed {seed}", sum(map(len, kept.values())), settings.sequences)
         samples = generate(
@@ -178,7 +182,7 @@ def make_batch(loaded: LoadedModel, settings: ReplaySettings, seed: int, progres
             read_source(settings, PROMPTS_A_ROUND, seed * settings.sampling_rounds + attempt),
             max_new_tokens=settings.max_new_tokens,
             seed=seed * settings.sampling_rounds + attempt,
-            stop=stop,
+            stop=settings.stop,
         )
         for sample in samples:
             if sample.reward in kept and len(kept[sample.reward]) < wanted[sample.reward]:
@@ -208,9 +212,12 @@ def score_batch(loaded: LoadedModel, samples: list[Sample]) -> ReplayBatch:
 
 def completion_logits(model: transformers.PreTrainedModel, sequences: Sequences) -> Tensor:
     """The logits that predict the completion tokens, (M, V), in the order of `action_mask.nonzero()`."""
-    output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False)
-    logits: Tensor = output.logits[:, :-1][sequences.action_mask[:, 1:]]
-    return logits
+    options: dict[str, object] = {"attention_mask": sequences.attention_mask, "use_cache": False}
+    kept = sequences.input_ids.shape[1] - sequences.first_action + 1
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = kept  # prompts need no logits
+    logits: Tensor = model(input_ids=sequences.input_ids, **options).logits[:, -kept:-1]
+    return logits[sequences.action_mask[:, 1 - kept :]]
 
 
 def one_update(

@@ -34,6 +34,8 @@ class Sequences:
     """(B, T), 0 on padding."""
     action_mask: Tensor
     """(B, T) bool, true on sampled tokens."""
+    first_action: int
+    """The first column with a sampled token."""
 
 
 def generate(
@@ -84,7 +86,7 @@ def generate(
         end = next((place for place, token in enumerate(row) if token in stops), len(row) - 1)
         kept = row[: end + 1]
         text = tokenizer.decode(kept, skip_special_tokens=True)
-        samples.append(Sample(problem, tuple(prompt), tuple(kept), text, score(text, problem.answer)))
+        samples.append(Sample(problem, tuple(prompt), tuple(kept), text, score(text, problem)))
     return samples
 
 
@@ -99,7 +101,8 @@ def side_by_side(samples: Sequence[Sample], pad: int, device: torch.device) -> S
         ids[place, : len(row)] = torch.tensor(row)
         attention[place, : len(row)] = 1
         actions[place, len(sample.prompt_ids) : len(row)] = True
-    return Sequences(ids.to(device), attention.to(device), actions.to(device))
+    first = min(len(sample.prompt_ids) for sample in samples)
+    return Sequences(ids.to(device), attention.to(device), actions.to(device), first)
 
 
 def pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:

@@ -9,39 +9,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-SHOTS = "2 + 3 + 4 = 5 + 4 = 9\n6 + 1 + 7 = 7 + 7 = 14\n"  # compact prompts matter: small models fail in chat format
+SHOTS = "2 * 9 = 18\n7 * 3 = 21\n"  # compact prompts matter: small models fail in chat format
 
 
 @dataclass(frozen=True)
 class Problem:
     prompt: str
     answer: str
+    first_line: bool = False
+    """Whether only the first line of a completion is scored; the model may well go on after it."""
 
 
 def arithmetic(count: int, seed: int, *, characters: bool = False) -> list[Problem]:
-    """Random additions.
+    """Random arithmetic.
 
     Args:
         count: how many.
         seed: of the draw; the same seed gives the same problems.
         characters: the form the `tiny` model knows, "27+45=" answered by "27": two numbers up to 99, the sum written
-            with its last digit first. Otherwise chains of three one-digit numbers after two worked examples, whose
-            answers show the step between: "5 + 8 + 3 =" -> " 13 + 3 = 16".
+            with its last digit first. Otherwise products of one-digit numbers after two worked examples: "6 * 8 =".
     """
     draw = random.Random(seed)
     if characters:
         pairs = [(draw.randint(1, 99), draw.randint(1, 99)) for _ in range(count)]
         return [Problem(f"{a}+{b}=", str(a + b)[::-1]) for a, b in pairs]
-    triples = [tuple(draw.randint(1, 9) for _ in range(3)) for _ in range(count)]
-    return [Problem(f"{SHOTS}{a} + {b} + {c} =", str(a + b + c)) for a, b, c in triples]
+    pairs = [(draw.randint(2, 9), draw.randint(2, 9)) for _ in range(count)]
+    return [Problem(f"{SHOTS}{a} * {b} =", str(a * b), first_line=True) for a, b in pairs]
 
 
-def score(completion: str, answer: str) -> float:
-    """1.0 if the completion's last number is the answer (an answer that is no number: if the whole text is), else 0.0."""
-    answer = answer.strip()
+def score(completion: str, problem: Problem) -> float:
+    """1.0 if the completion's last number is the answer, else 0.0; for an answer that is no number, the whole text."""
+    answer = problem.answer.strip()
+    text = completion.partition("\n")[0] if problem.first_line else completion
     if not NUMBER.fullmatch(answer):
-        return float(completion.strip() == answer)
-    found = NUMBER.findall(completion.replace(",", ""))
+        return float(text.strip() == answer)
+    found = NUMBER.findall(text.replace(",", ""))
     return float(bool(found) and float(found[-1]) == float(answer))
 
 

@@ -1,0 +1,116 @@
+"""Figures show what was recorded, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import lcogeom as lg
+from lcogeom.plots import convexity_figure, stability_figure
+from lcogeom.plots.convexity import PHASE_VARIANTS, same_series
+from lcogeom.plots.stability import PANELS
+from lcogeom.plots.style import LINES, line_of, variants
+from lcogeom.runs import create_folder
+from lcogeom.runs.store import COLLECTION
+from lcogeom.training import DEFAULT_OBJECTIVES
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_replay: Path) -> lg.Run:
+    return lg.load_run(tiny_replay)
+
+
+def test_stability_draws_the_recorded_numbers(recorded: lg.Run) -> None:
+    figure = stability_figure([recorded, recorded])
+    grid = np.array(figure.axes).reshape(len(PANELS), 2)
+    for row, (column, _, scale) in enumerate(PANELS):
+        lines = {line.get_label(): line for line in grid[row, 0].lines}
+        assert len(lines) == len(DEFAULT_OBJECTIVES)
+        for name in DEFAULT_OBJECTIVES:
+            table = recorded.updates[recorded.updates["variant"] == name].pivot(
+                index="step", columns="seed", values=column
+            )
+            values = table.to_numpy(float)
+            wanted = np.exp(np.log(values).mean(axis=1)) if scale == "log" else values.mean(axis=1)
+            np.testing.assert_allclose(lines[line_of(name).label].get_ydata(), wanted)
+        bands = [band.get_datalim(grid[row, 0].transData) for band in grid[row, 0].collections]
+        assert len(bands) == len(DEFAULT_OBJECTIVES)  # the spread over two seeds
+    plt.close(figure)
+
+
+def test_convexity_draws_the_recorded_tokens(recorded: lg.Run) -> None:
+    figure = convexity_figure([recorded])
+    tokens = recorded.tokens[recorded.tokens["variant"].isin(PHASE_VARIANTS)]
+    points = next(c for c in figure.axes[0].collections if len(c.get_offsets()) > 100).get_offsets()
+    assert len(points) == len(tokens)
+    np.testing.assert_allclose(points[:, 1], tokens["advantage"] * tokens["ratio"])
+    np.testing.assert_allclose(points[:, 0], tokens["prob"].clip(1e-6, 1 - 1e-6))
+    plt.close(figure)
+
+
+def test_equal_lines_are_drawn_once(recorded: lg.Run) -> None:
+    groups = same_series(recorded.updates, "convex_share")
+    assert ["sft", "lco-kld", "lco-mse", "lco-lch"] in groups
+    assert ["reinforce:negative", "ppo-unclipped:negative"] in groups
+
+
+def test_a_line_ends_where_the_run_stopped_being_finite(recorded: lg.Run) -> None:
+    updates = recorded.updates.copy()
+    lost = (updates["variant"] == "ppo") & (updates["step"] >= 5)
+    updates.loc[lost, "entropy"] = np.nan
+    figure = stability_figure(
+        [lg.Run(recorded.path, recorded.meta, updates, recorded.tokens, recorded.norms, recorded.columns, ())]
+    )
+    lines = [line for line in figure.axes[3].lines if line.get_color() == LINES["ppo"].colour]
+    assert [len(line.get_xdata()) for line in lines] == [5, 1]
+    assert lines[1].get_marker() == "x"
+    plt.close(figure)
+
+
+def test_every_line_is_told_apart(recorded: lg.Run) -> None:
+    looks = {(line.colour, line.dash) for line in LINES.values()}
+    assert len(looks) == len(LINES)
+    assert line_of("grpo:positive").label == "grpo, A positive"
+    extra = pd.concat([recorded.updates, recorded.updates.assign(variant="mine")])
+    assert variants(extra) == [*LINES, "mine"]
+
+
+def test_a_run_with_nothing_to_draw(tmp_path: Path) -> None:
+    empty = lg.load_run(create_folder(tmp_path / "empty", {}, kind=COLLECTION))
+    for draw in (stability_figure, convexity_figure):
+        with pytest.raises(ValueError, match="no updates of a replay"):
+            draw([empty])
+
+
+@pytest.mark.parametrize(
+    ("script", "out"),
+    [("figures/stability.py", "a.pdf"), ("figures/convexity.py", "b.pdf"), ("analysis/stability.py", "c.csv")],
+)
+def test_scripts(script: str, out: str, tiny_replay: Path, tmp_path: Path) -> None:
+    target = tmp_path / out
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), str(tiny_replay), "--out", str(target)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(target) in done.stdout
+    if out.endswith("pdf"):
+        assert target.read_bytes().startswith(b"%PDF")
+    else:
+        table = pd.read_csv(target)
+        assert len(table) == 2 * len(DEFAULT_OBJECTIVES)
+        convex = table[table["variant"].isin(["sft", "lco-kld", "lco-mse", "lco-lch"])]
+        assert (convex["convex_share"] == 1).all()
+        updates = lg.load_run(tiny_replay).updates
+        for _, row in table.iterrows():
+            one = updates[(updates["variant"] == row["variant"]) & (updates["seed"] == row["seed"])]
+            assert row["largest_norm"] == pytest.approx(one["qkv_mean_frobenius"].max())
+            assert row["final_action_prob"] == pytest.approx(one.sort_values("step")["action_prob"].iloc[-1])
