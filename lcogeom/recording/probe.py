@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -71,7 +72,7 @@ class Probe:
         self._step = 0
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._started = self._flushed = time.monotonic()
 
     def batch(
@@ -228,12 +229,15 @@ class Probe:
         step = update["step"]
         tokens = token_columns(update["measured"])
         if tokens:
-            if tokens.pop("contradicts").any() and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"update {step}: at some tokens the gradient has the opposite sign of what objective "
-                    f"{self._objective!r} says; their `convex` is left empty. Are these the advantages it trains on?",
-                    stacklevel=2,
+            if tokens.pop("contradicts").any():
+                self._warn(
+                    f"update {step}: at some tokens the gradient has the opposite sign of what "
+                    f"{self._objective!r} says; their `convex` is left empty. Are these the advantages it trains on?"
+                )
+            elif self._objective is not None and np.isnan(tokens["convex"]).all():
+                self._warn(
+                    f"update {step}: `convex` stays empty, because {self._objective!r} could not be evaluated: its "
+                    "logits are not finite, or probe.batch(...) was not given what it needs."
                 )
             ids = tokens["token_id"].tolist()
             self._writer.add("tokens", {**tokens, "text": [self._text(i) for i in ids], "step": [step] * len(ids)})
@@ -251,6 +255,13 @@ class Probe:
             **summarise(tokens),
         }
         self._writer.add("updates", {name: [value] for name, value in row.items()})
+
+    def _warn(self, message: str) -> None:
+        """Once for each kind of message, whatever the update."""
+        kind = message.partition(": ")[2]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
 
     def _text(self, token: int) -> str | None:
         if self._tokenizer is None:

@@ -158,3 +158,32 @@ def test_text_is_the_decoded_token(tmp_path: Path, device: torch.device) -> None
         optimizer.step()
     text = lg.load_run(tmp_path / "run").tokens["text"]
     assert "".join(text) == "2+34=64\n" + "+1=2\n"
+
+
+def test_an_objective_without_its_batch_is_said(tmp_path: Path, device: torch.device) -> None:
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.warns(UserWarning, match=r"probe\.batch"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective="ppo"),
+    ):
+        loss_of(model, task, lg.objective("ppo")).backward()
+        optimizer.step()
+    assert lg.load_run(tmp_path / "run").tokens["convex"].isna().all()
+
+
+def test_readable_while_the_run_goes_on(tmp_path: Path, device: torch.device) -> None:
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, run=tmp_path / "run", flush_every=2) as probe:
+        seen = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            tell(probe, task)
+            loss_of(model, task, lg.objective("sft")).backward()
+            optimizer.step()
+            seen.append(len(lg.load_run(tmp_path / "run").updates))
+    assert seen == [0, 2, 2, 4, 4]
+    assert len(lg.load_run(tmp_path / "run").updates) == 5

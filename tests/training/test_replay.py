@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 
 import lcogeom as lg
+from lcogeom.models import load_model
 from lcogeom.training import DEFAULT_OBJECTIVES, Problem, ReplaySettings, arithmetic, read_problems, replay, score
 from lcogeom.training.replay import variant_objective
 
@@ -102,6 +104,23 @@ def test_a_file_of_problems(tmp_path: Path) -> None:
     )
     settings = ReplaySettings(objectives=("sft",), problems=str(file), updates=2, stop="\n")
     assert len(lg.load_run(replay(settings, tmp_path / "run")).updates) == 2
+
+
+def test_a_model_of_your_own_from_a_folder(tmp_path: Path) -> None:
+    """GPT-2 (fused qkv, learned positions) with the character tokenizer, random weights, by path."""
+    tokenizer = load_model("tiny").tokenizer
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=64, eos_token_id=17, bos_token_id=17
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    settings = ReplaySettings(
+        model=str(tmp_path / "gpt2"), problems="arithmetic-characters", select="negative", updates=3, tap="hidden"
+    )
+    run = lg.load_run(replay(settings, tmp_path / "run"))
+    assert len(run.updates) == 3 * len(DEFAULT_OBJECTIVES)
+    assert run.updates["qkv_mean_frobenius"].notna().all()
+    assert run.tokens["misfit"].max() < 0.05
 
 
 @pytest.mark.parametrize(
