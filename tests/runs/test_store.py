@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -80,6 +81,24 @@ def test_a_flush_cut_short(tmp_path: Path) -> None:
     run = lg.load_run(path)
     assert run.updates["step"].tolist() == [0, 1, 2, 3]
     assert sorted(run.tokens["step"].unique()) == [0, 1, 2, 3]
+
+
+def test_a_write_that_fails_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "run", 2)
+    writer = RunWriter(tmp_path / "other", {})
+
+    def full_disk(rows: object, file: io.BufferedWriter, **_: object) -> None:
+        file.write(b"PAR1 half of it")
+        raise OSError("No space left on device")
+
+    writer.add("updates", {"step": [0]})
+    monkeypatch.setattr("pyarrow.parquet.write_table", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        writer.flush()
+    run = lg.load_run(tmp_path / "other")
+    assert run.updates.empty
+    assert run.damaged == ()
+    assert len(lg.load_run(path).updates) == 2
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ def test_samples_are_kept_and_selected(tiny_replay: Path, tmp_path: Path) -> Non
     assert [sample["reward"] for sample in samples] == [1.0] * 4 + [0.0] * 4
     for sample in samples:
         assert score(sample["completion"], Problem(sample["prompt"], sample["answer"])) == sample["reward"]
+    tokens = lg.load_run(tiny_replay).tokens.query("seed == 0 and step == 0 and variant == 'sft'")
+    spoken = tokens.groupby("sequence")["text"].agg("".join).tolist()
+    assert spoken == [sample["completion"] + "\n" for sample in samples]  # the token that ends it is an action too
     for select, reward in (("positive", 1.0), ("negative", 0.0)):
         run = replay(ReplaySettings(objectives=("reinforce",), select=select, updates=1), tmp_path / select)
         samples = json.loads((run / "samples-seed-0.json").read_text())
