@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lcogeom.objectives import TokenBatch
@@ -41,12 +42,16 @@ class BatchRecord:
                 f"old_logits: shape {tuple(old_logits.shape)}; must be ({len(place)}, V), one row for each true entry "
                 "of action_mask."
             )
-        self.rows(sequence, place, input_ids[sequence, place])  # TokenBatch names what is wrong with the values
+        everything = torch.arange(len(place), device=place.device)
+        self.rows(
+            sequence, place, everything, input_ids[sequence, place]
+        )  # TokenBatch names what is wrong with the values
 
-    def rows(self, sequence: Tensor, place: Tensor, actions: Tensor) -> TokenBatch | None:
-        """The fields at some tokens."""
+    def rows(self, sequence: Tensor, place: Tensor, rows: Tensor, actions: Tensor) -> TokenBatch | None:
+        """The fields at some tokens, whose places among the mask's true entries are `rows`."""
         if len(actions) == 0:
             return None
-        picked = {name: value.to(actions.device)[sequence, place] for name, value in self.fields.items()}
-        logits = None if self.old_logits is None else self.old_logits.to(actions.device)
+        device = actions.device
+        picked = {name: value.to(device)[sequence.to(device), place.to(device)] for name, value in self.fields.items()}
+        logits = None if self.old_logits is None else self.old_logits.to(device)[rows]
         return TokenBatch(actions, old_logits=logits, **picked)

@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +21,9 @@ from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head
-from lcogeom.recording.summary import summarise, token_columns
-from lcogeom.recording.taps import Tap, TapError, hidden_tap, logits_tap
-from lcogeom.recording.tokens import Candidates, TokenRows, choose, measure, shrink
+from lcogeom.recording.summary import summarise
+from lcogeom.recording.taps import Tap, TapError, hidden_tap, logits_tap, silence
+from lcogeom.recording.tokens import Candidates, Columns, choose, measure
 from lcogeom.runs.store import RunWriter
 
 FLUSH_SECONDS = 60.0
@@ -63,7 +64,7 @@ class Probe:
         ]
         self._batch: BatchRecord | None = None
         self._candidates: list[Candidates] = []
-        self._measured: list[tuple[Candidates, TokenRows]] = []
+        self._measured: list[Columns] = []
         self._losses: list[Tensor] = []
         self._mismatches: list[Tensor] = []
         self._sequences = 0
@@ -166,36 +167,48 @@ class Probe:
                 f"action_mask: it marks input position {int(place.min())}, but the model computed "
                 f"{values.shape[1]} of {ids.shape[1]} positions. Keep one more in logits_to_keep."
             )
-        source = (sequence, place - 1 - kept)
+        self._completion_tokens += len(place)
         first = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
         if batch is not None and batch.mask is not None:
             first = batch.mask.to(ids.device).int().argmax(1)
+        # Chosen before anything is copied: of logits, all tokens' rows may not fit a second time.
+        sizes = torch.linalg.vector_norm(gradient, dim=2, dtype=torch.float32)[sequence, place - 1 - kept]
+        [(rows, weight)] = choose([sizes], self._budget, self._rng)
+        sequence, place = sequence[rows], place[rows]
         actions = ids[sequence, place]
         some = Candidates(
-            values=values[source],
-            gradients=gradient[source].detach(),
+            values=values[sequence, place - 1 - kept],
+            gradients=gradient[sequence, place - 1 - kept].detach(),
             sequence=sequence + self._sequences,
             position=place - first[sequence],
             actions=actions,
-            weight=torch.ones(len(place), dtype=torch.float64, device=ids.device),
-            batch=None if batch is None else batch.rows(sequence, place, actions),
+            weight=weight,
+            batch=None if batch is None else batch.rows(sequence, place, rows, actions),
         )
         self._sequences += ids.shape[0]
-        self._completion_tokens += len(place)
-        if not len(place):
+        if not len(rows):
             return
-        some = choose(some, self._budget, self._rng)
         if self._tap.kind == "hidden":
             self._candidates.append(some)
         else:  # logits are too large to keep until the step
-            self._measured.append((some, measure(some, self._objective, None)))
+            self._measured.append(measure(some, self._objective, None))
 
     def _before_step(self) -> None:
         if not self._backwards:
-            raise TapError(_silence(self._tap))
+            raise TapError(silence(self._tap))
         if self._candidates:
-            for some in shrink(self._candidates, self._budget, self._rng):
-                self._measured.append((some, measure(some, self._objective, self._head)))
+            kept = choose([some.gradients.float().norm(dim=1) for some in self._candidates], self._budget, self._rng)
+            for some, (rows, growth) in zip(self._candidates, kept, strict=True):
+                if len(rows):
+                    part = replace(some[rows], weight=some.weight[rows] * growth)
+                    self._measured.append(measure(part, self._objective, self._head))
+        elif self._measured:
+            kept = choose([columns["logit_grad_norm"] for columns in self._measured], self._budget, self._rng)
+            self._measured = [
+                {name: column[rows] * growth if name == "weight" else column[rows] for name, column in columns.items()}
+                for columns, (rows, growth) in zip(self._measured, kept, strict=True)
+            ]
+        self._candidates = []
         self._now = self._meter.before_step()
 
     def _after_step(self) -> None:
@@ -212,7 +225,7 @@ class Probe:
                 "tokens": self._completion_tokens,
             }
         )
-        self._measured, self._losses, self._mismatches, self._candidates = [], [], [], []
+        self._measured, self._losses, self._mismatches = [], [], []
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
         if len(self._pending) >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -227,7 +240,8 @@ class Probe:
                 stacklevel=2,
             )
         step = update["step"]
-        tokens = token_columns(update["measured"])
+        parts = update["measured"]
+        tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]} if parts else {}
         if tokens:
             if tokens.pop("contradicts").any():
                 self._warn(
@@ -273,25 +287,6 @@ class Probe:
 
 def _number(value: object) -> object:
     return float(value) if isinstance(value, Tensor) else value
-
-
-def _silence(tap: Tap) -> str:
-    if tap.forwards:
-        return (
-            f"no gradient reached the recorder in this update, though the model ran forward {tap.forwards} "
-            "time(s) with gradients: the loss does not depend on its output, or backward() was not called. "
-            "Check what is minimised."
-        )
-    if tap.kind == "logits":
-        return (
-            "no gradient reached the recorder in this update: the model returned no logits that need a gradient. "
-            "A fused loss never builds them. Use tap='hidden'."
-        )
-    return (
-        "no gradient reached the recorder in this update: the model's forward never ran with gradients through the "
-        "hooks. Hooks registered after torch.compile never fire: call lcogeom.attach(model, ...) first, then "
-        "torch.compile(model). Is this the model that is being trained?"
-    )
 
 
 def attach(

@@ -1,57 +1,13 @@
-"""Measured tokens -> columns of the tokens table -> the token-level columns of the update's row."""
+"""One update's token columns -> the token-level columns of its row in `updates`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from lcogeom.objectives import TokenBatch
-from lcogeom.recording.tokens import Candidates, TokenRows
 
 QUANTILES = {"ratio_q05": 0.05, "ratio_median": 0.5, "ratio_q95": 0.95}
 MEANS = {"logprob": "logprob", "action_prob": "prob", "entropy": "entropy", "convex_share": "convex"}
-
-
-def token_columns(measured: list[tuple[Candidates, TokenRows]]) -> dict[str, np.ndarray]:
-    """Columns of the tokens table, NaN where a value is not known; {} without tokens."""
-    if not measured:
-        return {}
-    columns: dict[str, list[np.ndarray]] = {}
-
-    def add(name: str, value: Tensor) -> None:
-        columns.setdefault(name, []).append(value.detach().cpu().numpy())
-
-    for some, rows in measured:
-        unknown = torch.full_like(rows.logprob, float("nan"))
-        batch = some.batch
-        for name in ("sequence", "position", "weight"):
-            add(name, getattr(some, name))
-        add("token_id", some.actions)
-        add("advantage", _sampled_advantage(batch, unknown))
-        old = unknown if batch is None or batch.old_logprobs is None else batch.old_logprobs.double()
-        add("old_logprob", old)
-        add("ratio", (rows.logprob - old).exp())
-        add(
-            "convex", torch.where(rows.negative_count.isnan(), rows.negative_count, (rows.negative_count == 0).double())
-        )
-        for field in fields(TokenRows):
-            add(field.name, getattr(rows, field.name))
-    return {name: np.concatenate(parts) for name, parts in columns.items()}
-
-
-def _sampled_advantage(batch: TokenBatch | None, unknown: Tensor) -> Tensor:
-    """A of the sampled action; NaN where dense advantages do not cover it."""
-    if batch is None or batch.advantages is None:
-        return unknown
-    if batch.advantage_ids is None:
-        return batch.advantages.double()
-    hit = batch.advantage_ids == batch.actions[:, None]
-    found = torch.where(hit, batch.advantages.double(), 0.0).sum(1)
-    return torch.where(hit.any(1), found, unknown)
 
 
 def summarise(tokens: Mapping[str, np.ndarray]) -> dict[str, object]:

@@ -83,6 +83,26 @@ def logits_tap(model: torch.nn.Module, on_backward: OnBackward) -> Tap:
     return tap
 
 
+def silence(tap: Tap) -> str:
+    """Why an update may have passed without the tap seeing a gradient, and what to do."""
+    if tap.forwards:
+        return (
+            f"no gradient reached the recorder in this update, though the model ran forward {tap.forwards} "
+            "time(s) with gradients: the loss does not depend on its output, or backward() was not called. "
+            "Check what is minimised."
+        )
+    if tap.kind == "logits":
+        return (
+            "no gradient reached the recorder in this update: the model returned no logits that need a gradient. "
+            "A fused loss never builds them. Use tap='hidden'."
+        )
+    return (
+        "no gradient reached the recorder in this update: the model's forward never ran with gradients through the "
+        "hooks. Hooks registered after torch.compile never fire: call lcogeom.attach(model, ...) first, then "
+        "torch.compile(model). Is this the model that is being trained?"
+    )
+
+
 def _watch(tensor: Tensor, ids: Tensor | None, on_backward: OnBackward, what: str) -> bool:
     if not tensor.requires_grad:
         return False

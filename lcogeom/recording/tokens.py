@@ -41,62 +41,35 @@ class Candidates:
         return replace(self, **{name: value[rows] for name, value in present.items()})
 
 
-@dataclass(frozen=True, eq=False)
-class TokenRows:
-    """The measured quantities, (M,) each; NaN where a value is not known. See runs/columns.py."""
-
-    logprob: Tensor
-    prob: Tensor
-    entropy: Tensor
-    sum_sq_prob: Tensor
-    logit_grad_norm: Tensor
-    d1: Tensor
-    d2: Tensor
-    misfit: Tensor
-    negative_count: Tensor
-    """float64, NaN where not known."""
-    contradicts: Tensor
-    """bool: the gradient has the opposite sign of the declared objective's."""
+Columns = dict[str, Tensor]
+"""Columns of the tokens table (runs/columns.py), (M,) each, NaN where a value is not known, and `contradicts`: whether
+the gradient has the opposite sign of the declared objective's."""
 
 
-def choose(candidates: Candidates, budget: int, rng: torch.Generator) -> Candidates:
-    """At most `budget` tokens: half those with the largest gradient, half a uniform sample of the rest.
+def choose(sizes: list[Tensor], budget: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """At most `budget` tokens of several groups: half those of the largest size, half a uniform sample of the rest.
 
-    The sampled ones carry the weight of those left out, so weighted sums over the result are unbiased.
+    The sampled ones stand for those left out as well, so weighted sums over the result are unbiased.
+
+    Args:
+        sizes: of the gradient at each token, (M_i,) for each group.
+
+    Returns:
+        For each group: (the rows kept, by what their weight grows).
     """
-    count = len(candidates.actions)
-    if count <= budget:
-        return candidates
-    top = budget // 2
-    order = candidates.gradients.float().norm(dim=1).nan_to_num(nan=math.inf).argsort(descending=True)
-    rest = order[top:]
-    drawn = rest[torch.randperm(count - top, generator=rng)[: budget - top].to(rest.device)]
-    weight = candidates.weight.clone()
-    weight[drawn] *= (count - top) / (budget - top)
-    kept = torch.cat([order[:top], drawn]).sort().values
-    return replace(candidates, weight=weight)[kept]
+    counts = [len(size) for size in sizes]
+    joined = torch.cat(sizes)
+    growth = torch.ones(len(joined), dtype=torch.float64, device=joined.device)
+    if len(joined) > budget:
+        top = budget // 2
+        order = joined.nan_to_num(nan=math.inf).argsort(descending=True)
+        drawn = top + torch.randperm(len(joined) - top, generator=rng)[: budget - top]
+        growth[order[top:]] = 0.0
+        growth[order[drawn.to(order.device)]] = (len(joined) - top) / (budget - top)
+    return [((part > 0).nonzero().squeeze(1), part[part > 0]) for part in growth.split(counts)]
 
 
-def shrink(parts: list[Candidates], budget: int, rng: torch.Generator) -> list[Candidates]:
-    """The candidates of several backward passes, at most `budget` tokens of them."""
-    if sum(len(some.actions) for some in parts) <= budget:
-        return parts
-    if any((some.batch is None) != (parts[0].batch is None) for some in parts):
-        return [choose(some, max(1, budget // len(parts)), rng) for some in parts]
-    batch = None
-    if parts[0].batch is not None:
-        batches = [some.batch for some in parts if some.batch is not None]
-        shared = [
-            field.name for field in fields(TokenBatch) if all(getattr(b, field.name) is not None for b in batches)
-        ]
-        batch = TokenBatch(**{name: torch.cat([getattr(b, name) for b in batches]) for name in shared})
-    joined = {
-        f.name: torch.cat([getattr(some, f.name) for some in parts]) for f in fields(Candidates) if f.name != "batch"
-    }
-    return [choose(Candidates(**joined, batch=batch), budget, rng)]
-
-
-def measure(candidates: Candidates, objective: Objective | None, head: OutputHead | None) -> TokenRows:
+def measure(candidates: Candidates, objective: Objective | None, head: OutputHead | None) -> Columns:
     """Everything recorded of each token, float64, in blocks.
 
     Args:
@@ -111,10 +84,10 @@ def measure(candidates: Candidates, objective: Objective | None, head: OutputHea
         for start in range(0, len(candidates.actions), step):
             rows = torch.arange(start, min(start + step, len(candidates.actions)), device=candidates.actions.device)
             blocks.append(_measure_block(candidates[rows], objective, head))
-    return TokenRows(**{f.name: torch.cat([getattr(block, f.name) for block in blocks]) for f in fields(TokenRows)})
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _measure_block(some: Candidates, objective: Objective | None, head: OutputHead | None) -> TokenRows:
+def _measure_block(some: Candidates, objective: Objective | None, head: OutputHead | None) -> Columns:
     logits = some.values if head is None else head.logits(some.values)
     distribution = token_distribution(logits, some.actions)
     expected = _expected_direction(distribution, logits, some.batch, objective)
@@ -137,18 +110,39 @@ def _measure_block(some: Candidates, objective: Objective | None, head: OutputHe
     is_action = objective is None or isinstance(objective, ActionObjective)
     d1 = coefficient if is_action else unknown
     d2, negatives, contradicts = _curvature(some.batch, objective, distribution, logits, (d1, misfit))
-    return TokenRows(
-        logprob=distribution.logprobs,
-        prob=distribution.logprobs.exp(),
-        entropy=distribution.entropy(),
-        sum_sq_prob=distribution.sum_sq_prob(),
-        logit_grad_norm=norm,
-        d1=d1,
-        d2=d2,
-        misfit=misfit,
-        negative_count=negatives,
-        contradicts=contradicts,
-    )
+    old = some.batch.old_logprobs if some.batch is not None else None
+    old = unknown if old is None else old.double()
+    return {
+        "sequence": some.sequence,
+        "position": some.position,
+        "token_id": some.actions,
+        "weight": some.weight,
+        "advantage": _sampled_advantage(some.batch, unknown),
+        "logprob": distribution.logprobs,
+        "old_logprob": old,
+        "ratio": (distribution.logprobs - old).exp(),
+        "prob": distribution.logprobs.exp(),
+        "entropy": distribution.entropy(),
+        "sum_sq_prob": distribution.sum_sq_prob(),
+        "logit_grad_norm": norm,
+        "d1": d1,
+        "d2": d2,
+        "misfit": misfit,
+        "convex": torch.where(negatives.isnan(), negatives, (negatives == 0).double()),
+        "negative_count": negatives,
+        "contradicts": contradicts,
+    }
+
+
+def _sampled_advantage(batch: TokenBatch | None, unknown: Tensor) -> Tensor:
+    """A of the sampled action; NaN where dense advantages do not cover it."""
+    if batch is None or batch.advantages is None:
+        return unknown
+    if batch.advantage_ids is None:
+        return batch.advantages.double()
+    hit = batch.advantage_ids == batch.actions[:, None]
+    found = torch.where(hit, batch.advantages.double(), 0.0).sum(1)
+    return torch.where(hit.any(1), found, unknown)
 
 
 def _expected_direction(

@@ -127,6 +127,27 @@ def test_gradient_accumulation_is_one_update(tmp_path: Path, device: torch.devic
         assert whole.updates[column].iloc[0] == pytest.approx(parts.updates[column].iloc[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("tap", ["hidden", "logits"])
+def test_the_budget_holds_over_accumulated_passes(tap: str, tmp_path: Path, device: torch.device) -> None:
+    model = build("llama", device)
+    task = make_task(model, sequences=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, run=tmp_path / "run", tokens_per_update=12, tap=tap, objective="ppo") as probe:
+        for start in range(0, 8, 2):
+            part = task.rows(slice(start, start + 2))
+            tell(probe, part)
+            loss_of(model, part, lg.objective("ppo")).backward()
+        optimizer.step()
+    run = lg.load_run(tmp_path / "run")
+    assert len(run.tokens) == 12
+    assert run.updates["tokens"].tolist() == [int(task.mask.sum())]
+    first = task.mask.int().argmax(1)
+    for _, token in run.tokens.iterrows():  # what batch() said of a token stays with that token
+        place = int(first[token["sequence"]]) + token["position"]
+        assert token["token_id"] == int(task.input_ids[token["sequence"], place])
+        assert token["old_logprob"] == pytest.approx(float(task.old_logprobs[token["sequence"], place]))
+
+
 def test_split_by_the_sign_of_the_advantage(tmp_path: Path, device: torch.device) -> None:
     model = build("llama", device)
     task = make_task(model)
@@ -207,7 +228,10 @@ def test_a_run_that_explodes_is_recorded_to_the_end(tmp_path: Path, device: torc
     model = build("llama", device)
     task = make_task(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with lg.attach(model, optimizer, run=tmp_path / "run", objective="ppo", tap="logits") as probe:
+    with (
+        pytest.warns(UserWarning, match="not finite"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective="ppo", tap="logits") as probe,
+    ):
         for step in range(3):
             if step == 1:
                 with torch.no_grad():
