@@ -56,10 +56,15 @@ def replay_command(
 ) -> None:
     """Many updates on one fixed batch under each objective, from the same weights, everything recorded.
 
-    Samples completions of the model, scores them, keeps a few, and updates on them again and again. Read the result
-    with lcogeom.load_run(RUN); draw it with figures/stability.py and figures/convexity.py.
+    Samples completions of the model, scores them, keeps a few, and updates on them again and again.
+
+    Read the result with lcogeom.load_run(RUN); draw it with figures/stability.py and figures/convexity.py.
     """
+    from transformers.utils import logging
+
     from lcogeom.training.replay import DEFAULT_OBJECTIVES, ReplaySettings, replay  # torch only when it is needed
+
+    logging.disable_progress_bar()  # ours says what is going on
 
     settings = ReplaySettings(
         model=model,
