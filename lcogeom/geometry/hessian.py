@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
 from lcogeom.geometry.softmax import TokenDistribution
+from lcogeom.geometry.spectrum import action_eigenvalue_range
 
 DENSE_LIMIT = 4096
 
@@ -30,6 +33,8 @@ class LogitHessian:
     """C, (N, k, k), symmetric."""
     negatives: Tensor
     """Number of negative eigenvalues, (N,) int64, from the exact criterion of whoever built the matrix."""
+    extremes: Callable[[], tuple[Tensor, Tensor]]
+    """(lowest, highest) eigenvalue, (N,) each, computed when asked for."""
     shift_invariant: bool
     """Whether H 1 = 0."""
 
@@ -85,6 +90,10 @@ class LogitHessian:
         """Number of negative eigenvalues, (N,) int64, exact."""
         return self.negatives
 
+    def eigenvalue_range(self) -> tuple[Tensor, Tensor]:
+        """(lowest, highest) eigenvalue, (N,) float64 each, exact to rounding: the root of one secular equation."""
+        return self.extremes()
+
     def is_convex(self) -> Tensor:
         """Whether the matrix is positive semi-definite, (N,) bool, exact."""
         return self.negatives == 0
@@ -123,6 +132,7 @@ def action_hessian(distribution: TokenDistribution, d1: Tensor, d2: Tensor) -> L
         factors=torch.stack([distribution.direction(), probs], dim=1),
         core=torch.stack([torch.stack([d2, zero], dim=1), torch.stack([zero, d1], dim=1)], dim=1),
         negatives=negative_count(d1, d2, distribution.odds_against(), probs.shape[1]),
+        extremes=partial(action_eigenvalue_range, distribution, d1, d2),
         shift_invariant=True,
     )
 
@@ -136,5 +146,6 @@ def diagonal_hessian(diag: Tensor) -> LogitHessian:
         factors=diag.new_zeros(tokens, 0, vocab),
         core=diag.new_zeros(tokens, 0, 0),
         negatives=(diag < 0).sum(1),
+        extremes=lambda: (diag.min(dim=1).values, diag.max(dim=1).values),
         shift_invariant=False,
     )

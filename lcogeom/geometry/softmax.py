@@ -21,6 +21,10 @@ class TokenDistribution:
     complement: Tensor
     """1 - p_a as the sum of the other probabilities, (N,): accurate where p_a rounds to 1."""
 
+    def rows(self, some: slice) -> TokenDistribution:
+        """The same for some of the tokens."""
+        return TokenDistribution(self.probs[some], self.actions[some], self.logprobs[some], self.complement[some])
+
     def direction(self) -> Tensor:
         """u = e_a - p, the gradient of log p_a with respect to the logits, (N, V)."""
         return (-self.probs).scatter(1, self.actions[:, None], self.complement[:, None])

@@ -1,0 +1,113 @@
+"""Extreme eigenvalues: eigvalsh where it can be trusted, a change of inertia at 140 digits where it cannot."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+
+from lcogeom.geometry.hessian import action_hessian
+from lcogeom.geometry.softmax import token_distribution
+from tests.cases import CASES, Case
+from tests.geometry.test_inertia import MODERATE, rounding_scale
+from tests.oracles import PAIRS
+
+RHOS = [0.0, 1.0, -0.3, -0.999, -1.0, -1.001, -2.5, 30.0, 0.37]  # f'' / f'
+
+
+@pytest.mark.parametrize("case", MODERATE, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_equals_eigvalsh(name: str, case: Case, device: torch.device) -> None:
+    objective, _ = PAIRS[name]
+    logits, batch = case.build(device)
+    H = objective.hessian(logits, batch)
+    values = torch.linalg.eigvalsh(H.dense())
+    low, high = H.eigenvalue_range()
+    # eigvalsh is accurate relative to the matrix, and the matrix to what its entries were rounded at.
+    scale = 1e-12 * values.abs().amax(1) + 1e-15 * rounding_scale(objective, logits, batch)
+    assert ((low - values[:, 0]).abs() <= scale).all()
+    assert ((high - values[:, -1]).abs() <= scale).all()
+
+
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_every_ratio_of_the_derivatives(rho: float, sign: float, device: torch.device) -> None:
+    """Each case of the interlacing, both signs of f', f' = 0 included; V from 2; ties."""
+    rng = torch.Generator().manual_seed(3)
+    for vocab in (2, 3, 4, 9, 60):
+        logits = 2 * torch.randn(80, vocab, generator=rng, dtype=torch.float64)
+        logits[40:] = logits[40:].round()  # ties
+        actions = torch.randint(vocab, (80,), generator=rng)
+        d1 = sign * (0.2 + torch.rand(80, generator=rng, dtype=torch.float64))
+        d1[::9] = 0.0
+        d2 = torch.where(d1 == 0, rho, rho * d1)
+        H = action_hessian(token_distribution(logits.to(device), actions.to(device)), d1.to(device), d2.to(device))
+        values = torch.linalg.eigvalsh(H.dense())
+        low, high = H.eigenvalue_range()
+        torch.testing.assert_close(low, values[:, 0], rtol=1e-12, atol=2e-14)
+        torch.testing.assert_close(high, values[:, -1], rtol=1e-12, atol=2e-14)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_consistent_with_the_inertia(case: Case, device: torch.device) -> None:
+    """The lowest eigenvalue is negative exactly where the criterion counts one, on every hard case."""
+    for name, (objective, _) in PAIRS.items():
+        if name == "own-hinge" and case.logits == "saturated":
+            continue  # its derivative does not exist there
+        logits, batch = case.build(device)
+        H = objective.hessian(logits, batch)
+        low, high = H.eigenvalue_range()
+        assert torch.equal(low < 0, H.negative_count() > 0), name
+        assert (low <= high).all()
+        inside = H.quadratic(torch.eye(case.vocab, dtype=torch.float64, device=device)[batch.actions])
+        slack = 1e-12 * torch.maximum(low.abs(), high.abs())
+        assert ((low - slack <= inside) & (inside <= high + slack)).all()
+
+
+def count_below(matrix: list[list[mpmath.mpf]], x: mpmath.mpf) -> int:
+    """Eigenvalues below x: the negative pivots of matrix - x (Sylvester), eliminated in high precision."""
+    rows = [[entry - (x if i == j else 0) for j, entry in enumerate(row)] for i, row in enumerate(matrix)]
+    size, negative = len(rows), 0
+    for k in range(size):
+        negative += rows[k][k] < 0
+        for i in range(k + 1, size):
+            factor = rows[i][k] / rows[k][k]
+            rows[i] = [a - factor * b for a, b in zip(rows[i], rows[k], strict=True)]
+    return negative
+
+
+@pytest.mark.parametrize("rho", [0.0, 1.0, -0.5, -3.0])
+@pytest.mark.parametrize("action", [0, 1, 4])
+@pytest.mark.parametrize("kind", ["saturated", "far", "tied", "half"])
+def test_certified_at_140_digits(kind: str, action: int, rho: float) -> None:
+    """Between lambda (1 - 1e-12) and lambda (1 + 1e-12) the number of eigenvalues below changes: lambda lies there.
+
+    At pi = 1/2 +- 1e-9 the width is 1e-12 of the larger end instead: there pi - 1/2, to which PPO's lowest eigenvalue
+    is proportional, keeps 7 digits in float64.
+    """
+    z = torch.tensor([0.3, -0.7, 1.1, -0.2, 0.9], dtype=torch.float64)
+    if kind in ("saturated", "far"):
+        z[0] += 60.0 if kind == "saturated" else 300.0
+    elif kind == "tied":
+        z = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    else:
+        others = [z[j] for j in range(5) if j != action]
+        z[action] = torch.logsumexp(torch.stack(others), 0) + (4e-9 if action % 2 else -4e-9)
+    for slope in (-0.8, 0.8):
+        d1 = torch.tensor([slope], dtype=torch.float64)
+        H = action_hessian(token_distribution(z[None], torch.tensor([action])), d1, rho * d1)
+        low, high = (end.item() for end in H.eigenvalue_range())
+        with mpmath.workdps(160 + 2 * int(z.max())):
+            weights = [mpmath.exp(mpmath.mpf(v)) for v in z.tolist()]
+            p = [w / mpmath.fsum(weights) for w in weights]
+            u = [(j == action) - p[j] for j in range(5)]
+            f1, f2 = mpmath.mpf(slope), mpmath.mpf((rho * d1).item())
+            exact = [
+                [f2 * u[i] * u[j] - f1 * ((p[i] if i == j else 0) - p[i] * p[j]) for j in range(5)] for i in range(5)
+            ]
+            size = max(abs(mpmath.mpf(low)), abs(mpmath.mpf(high)))
+            for end, below in ((low, 0), (high, 4)):
+                centre = mpmath.mpf(end)
+                width = mpmath.mpf("1e-12") * (size if kind == "half" or end == 0 else abs(centre))
+                assert count_below(exact, centre - width) <= below
+                assert count_below(exact, centre + width) > below
