@@ -75,7 +75,8 @@ def _lowest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor) -> Te
 
     most = (rho * length)[below]  # K >= -rho u u^T
     found = torch.zeros_like(own_pole)
-    found[below] = -_root(secular, q, torch.maximum(most, q))
+    high = torch.maximum(most, q)
+    found[below] = -_root(secular, (q, -q), (high, secular(high)))
     return found
 
 
@@ -88,38 +89,51 @@ def _highest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor, top:
     lower = torch.where(own >= first, first, torch.maximum(second, own))
     lower = torch.where(above, first, lower)
     bound = 0.5 + (-rho).clamp(min=0.0) * length  # K <= S + max(-rho, 0) u u^T, and no eigenvalue of S exceeds 1/2
-    upper = torch.where(above, bound, torch.minimum(largest, bound))
+    pole_above = ~above & (largest <= bound)
+    upper = torch.where(pole_above, largest, bound)
     inverse = 1 / own_pole  # of the action's pole, 0 at rho = -1
 
     def secular(y: Tensor) -> Tensor:
-        # Times (y - lower) (upper - y), which takes the poles at both ends away and leaves the sign.
-        terms = others / (others - y[:, None])
-        total = terms.sum(1) + 1 / (1 - y * inverse)
-        return total * (y - lower) * torch.where(above, 1.0, upper - y)
+        # Times the distances to the poles at both ends, which takes them away and leaves the sign.
+        total = (others / (others - y[:, None])).sum(1) + 1 / (1 - y * inverse)
+        return total * (y - lower) * torch.where(pole_above, upper - y, 1.0)
 
-    return torch.where(upper > lower, _root(secular, lower, upper), lower)
+    reach = torch.where(pole_above, upper - lower, 1.0)
+    mass = torch.where(others == lower[:, None], others, 0.0).sum(1) + torch.where(own == lower, own, 0.0)
+    at_upper = torch.where(pole_above, upper * reach, secular(bound))
+    return torch.where(upper > lower, _root(secular, (lower, -mass * reach), (upper, at_upper)), lower)
 
 
-def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """The zero of a function that is negative right of `low` and positive left of `high`, one for each token.
+def _root(function: Callable[[Tensor], Tensor], low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor]) -> Tensor:
+    """The zero between two points, one for each token, to the last digits.
 
-    Bisection (of the exponent, where the ends lie far apart) made fast by the Illinois rule. The ends themselves are
-    never evaluated: they may be poles.
+    Chandrupatla's method: inverse quadratic interpolation where it is safe, bisection where it is not; of the exponent
+    as long as the ends lie far apart.
+
+    Args:
+        function: (N,) -> (N,).
+        low, high: (point, value there), (N,) each; value <= 0 at low and >= 0 at high.
     """
-    low, high = low.clone(), high.clone()
-    at_low, at_high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
-    for evaluation in range(EVALUATIONS):
-        if bool((high - low <= 2 * EPS * high).all()):
+    (b, at_b), (a, at_a) = low, high
+    c, at_c = a, at_a
+    for _ in range(EVALUATIONS):
+        width = (b - a).abs()
+        smallest = torch.minimum(a.abs(), b.abs())
+        limit = 2 * EPS * torch.maximum(a.abs(), b.abs()) / width  # closer to an end than this changes nothing
+        if bool(((limit >= 0.5) | (at_a == 0) | (at_b == 0) | width.isnan()).all()):
             break
-        wide = (low > 0) & (high > 4 * low)
-        point = torch.where(wide, low.sqrt() * high.sqrt(), low + (high - low) / 2)
-        if evaluation % 3:
-            chord = low - at_low * (high - low) / (at_high - at_low)
-            point = torch.where(~wide & (chord > low) & (chord < high), chord, point)
+        xi, phi = (a - b) / (c - b), (at_a - at_b) / (at_c - at_b)
+        safe = (phi.square() < xi) & ((1 - phi).square() < 1 - xi)
+        quadratic = at_a / (at_b - at_a) * at_c / (at_b - at_c) + (c - a) / (b - a) * at_a / (at_c - at_a) * at_b / (
+            at_c - at_b
+        )
+        share = torch.where(safe, quadratic, 0.5)
+        share = torch.minimum(torch.maximum(share, limit), 1 - limit).where(limit < 0.5, 0.5)
+        far = (smallest > 0) & (torch.maximum(a, b) > 16 * smallest)
+        point = torch.where(far, (a * b).sqrt(), a + share * (b - a))
         value = function(point)
-        left, right = value < 0, value >= 0
-        # Illinois: an end that stays twice counts half, so that the other one moves as well.
-        at_high = torch.where(right, value, torch.where(left, at_high / 2, at_high))
-        at_low = torch.where(left, value, torch.where(right, at_low / 2, at_low))
-        low, high = torch.where(left, point, low), torch.where(right, point, high)
-    return low + (high - low) / 2
+        same = (value < 0) == (at_a < 0)
+        c, at_c = torch.where(same, a, b), torch.where(same, at_a, at_b)
+        b, at_b = torch.where(same, b, a), torch.where(same, at_b, at_a)
+        a, at_a = point, value
+    return torch.where(at_a.abs() < at_b.abs(), a, b)
