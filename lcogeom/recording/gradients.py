@@ -14,8 +14,8 @@ from torch import Tensor
 
 SEPARATE = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
 FUSED = {"qkv_proj", "c_attn", "Wqkv", "W_pack", "query_key_value"}
-PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
 INTERLEAVED = {"query_key_value"}  # [q of the group's heads, k, v] for each key/value head, not q | k | v
+PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
 
 
 class GradientMeter:
@@ -69,11 +69,10 @@ class GradientMeter:
 
     def before_step(self) -> dict[str, Tensor]:
         """Norms of the gradient, and its cosine with the last one; keeps copies of parameters and gradient."""
-        first = self._before is None
         if self._before is None:
             self._before = [torch.empty_like(_flat(parameter)) for _, parameter in self._parameters]
         now, last, along = _Sum(), _Sum(), _Sum()
-        comparable = True
+        comparable = True  # with the last update: every gradient here was there too
         with torch.no_grad():
             for place, (_, parameter) in enumerate(self._parameters):
                 self._before[place].copy_(_flat(parameter))
@@ -95,7 +94,7 @@ class GradientMeter:
             found["grad_norm"] = _root_of_sum(self._arrived.values())
         if self._attention:
             found["qkv_mean_frobenius"] = torch.cat(list(self._attention.values())).mean()
-        if comparable and not first:
+        if comparable and along.terms:
             found["grad_cos_prev"] = along.total() / (now.root() * last.root())
         return found
 
@@ -199,7 +198,7 @@ class _Sum:
         self.terms.append(term)
 
     def total(self) -> Tensor:
-        return torch.stack(self.terms).double().sum()
+        return torch.stack(self.terms).double().sum() if self.terms else torch.zeros((), dtype=torch.float64)
 
     def root(self) -> Tensor:
         return self.total().sqrt()

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def create_folder(path: str | Path, meta: Mapping[str, object], *, kind: str = R
         raise FileExistsError(f"run: {str(path)!r} exists already. Give another folder, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    record = {"schema": SCHEMA_VERSION, "kind": kind, **meta}
+    record = {"schema": SCHEMA_VERSION, "kind": kind, "lcogeom": version("lcogeom"), **meta}
     (unfinished / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     unfinished.chmod(0o755)
     try:

@@ -249,6 +249,20 @@ def test_a_run_that_explodes_is_recorded_to_the_end(tmp_path: Path, device: torc
     assert run.tokens.loc[run.tokens["step"] == 2, "convex"].isna().all()
 
 
+def test_gradients_thrown_away_before_the_step(tmp_path: Path, device: torch.device) -> None:
+    """zero_grad() in the wrong place: the row says that the optimiser had no gradient and made no step."""
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, run=tmp_path / "run"):
+        loss_of(model, task, lg.objective("sft")).backward()
+        optimizer.zero_grad()
+        optimizer.step()
+    row = lg.load_run(tmp_path / "run").updates.iloc[0]
+    assert row["grad_norm"] > 0
+    assert row["grad_norm_clipped"] == row["update_norm"] == 0
+
+
 def test_layer_names() -> None:
     assert layer_of("model.layers.3.self_attn.q_proj.weight") == "model.layers.3"
     assert layer_of("transformer.h.11.attn.c_attn.bias") == "transformer.h.11"
