@@ -8,8 +8,12 @@ With rho = f'' / f' the Hessian f'' u u^T - f' S is -f' K, and on all coordinate
 
     sum_i v_i / (v_i - y) = 0,
 
-one term for each coordinate, none of which cancels on saturated tokens (design.md, section 5). Which interval between
-two poles holds the root sought follows from interlacing.
+one term for each coordinate, none of which cancels on saturated tokens (design.md, section 5). Far outside the poles
+the terms cancel each other instead, for |rho| is large there; with them taken out of the sum it reads
+
+    1 / (1 + rho) = sum_i p_i (p_i - v_a) / (p_i - y),     i over the other coordinates,
+
+which has the same zeros. Which interval between two poles holds the root sought follows from interlacing.
 """
 
 from __future__ import annotations
@@ -52,26 +56,30 @@ def _range_of_k(some: TokenDistribution, rho: Tensor, length: Tensor) -> tuple[T
     """(lowest, highest) eigenvalue of K = S - rho u u^T."""
     actions = some.actions[:, None]
     pi = some.probs.gather(1, actions).squeeze(1)
-    # (pi - rho (1 - pi)) / (1 + rho); infinite at rho = -1, where its term of the equation is 1.
-    own_pole = (pi - rho * some.complement) / (1 + rho)
+    shift = pi - rho * some.complement  # (1 + rho) v_a
     if some.probs.shape[1] == 2:
         # K is kappa [[1, -1], [-1, 1]], and u = (1 - pi) (1, -1).
-        only = 2 * (pi - rho * some.complement) * some.complement
+        only = 2 * shift * some.complement
         return only.clamp(max=0.0), only.clamp(min=0.0)
     others = some.probs.scatter(1, actions, 0.0)  # a pole at 0 with weight 0: no term
     top = others.topk(2, dim=1).values
-    return _lowest(others, own_pole, rho, length), _highest(others, own_pole, rho, length, top)
+    return _lowest(others, shift, rho, length), _highest(others, shift, rho, length, top)
 
 
-def _lowest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor) -> Tensor:
+def _lowest(others: Tensor, shift: Tensor, rho: Tensor, length: Tensor) -> Tensor:
     """0, or the root below the action's pole where that is negative: y = -s, q / (s - q) = sum_i p_i / (p_i + s)."""
+    own_pole = shift / (1 + rho)
     below = (own_pole < 0) & (rho > -1)
     if not below.any():
         return torch.zeros_like(own_pole)
-    poles, q = others[below], -own_pole[below]
+    poles, q, total = others[below], -own_pole[below], 1 / (1 + rho[below])
+    far = q > total
+    # Both forms are the same function: sum_i p_i (s - q) / (p_i + s) - q = total - sum_i p_i (p_i + q) / (p_i + s).
+    weights = torch.where(far[:, None], poles + q[:, None], 1.0) * poles
 
     def secular(s: Tensor) -> Tensor:
-        return (s - q) * (poles / (poles + s[:, None])).sum(1) - q
+        terms = (weights / (poles + s[:, None])).sum(1)
+        return torch.where(far, total - terms, (s - q) * terms - q)
 
     most = (rho * length)[below]  # K >= -rho u u^T
     found = torch.zeros_like(own_pole)
@@ -80,8 +88,9 @@ def _lowest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor) -> Te
     return found
 
 
-def _highest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor, top: Tensor) -> Tensor:
+def _highest(others: Tensor, shift: Tensor, rho: Tensor, length: Tensor, top: Tensor) -> Tensor:
     """The root between the two largest poles; above them all where rho < -1."""
+    own_pole = shift / (1 + rho)  # infinite at rho = -1, where its term of the equation is 1
     first, second = top.unbind(1)
     above = rho <= -1  # the action's pole is negative, or infinite
     own = torch.where(above, -torch.inf, own_pole)
@@ -91,11 +100,14 @@ def _highest(others: Tensor, own_pole: Tensor, rho: Tensor, length: Tensor, top:
     bound = 0.5 + (-rho).clamp(min=0.0) * length  # K <= S + max(-rho, 0) u u^T, and no eigenvalue of S exceeds 1/2
     pole_above = ~above & (largest <= bound)
     upper = torch.where(pole_above, largest, bound)
-    inverse = 1 / own_pole  # of the action's pole, 0 at rho = -1
+    inverse = (1 + rho) / shift  # 1 / own_pole, 0 at rho = -1
+    far = above & (shift > 1)
+    weights = torch.where(far[:, None], 1 - others * inverse[:, None], 1.0) * others
 
     def secular(y: Tensor) -> Tensor:
+        terms = (weights / (others - y[:, None])).sum(1)
+        total = terms + torch.where(far, 1 / shift, 1 / (1 - y * inverse))
         # Times the distances to the poles at both ends, which takes them away and leaves the sign.
-        total = (others / (others - y[:, None])).sum(1) + 1 / (1 - y * inverse)
         return total * (y - lower) * torch.where(pole_above, upper - y, 1.0)
 
     reach = torch.where(pole_above, upper - lower, 1.0)
@@ -112,15 +124,18 @@ def _root(function: Callable[[Tensor], Tensor], low: tuple[Tensor, Tensor], high
 
     Args:
         function: (N,) -> (N,).
-        low, high: (point, value there), (N,) each; value <= 0 at low and >= 0 at high.
+        low, high: (point, value there), (N,) each; value <= 0 at low and >= 0 at high, but for rounding: where it
+            has the other sign, that end is the zero.
     """
-    (b, at_b), (a, at_a) = low, high
+    b, at_b = low[0], low[1].clamp(max=0.0)
+    a, at_a = high[0], high[1].clamp(min=0.0)
     c, at_c = a, at_a
     for _ in range(EVALUATIONS):
         width = (b - a).abs()
         smallest = torch.minimum(a.abs(), b.abs())
         limit = 2 * EPS * torch.maximum(a.abs(), b.abs()) / width  # closer to an end than this changes nothing
-        if bool(((limit >= 0.5) | (at_a == 0) | (at_b == 0) | width.isnan()).all()):
+        found = (limit >= 0.5) | (at_a == 0) | (at_b == 0) | width.isnan()
+        if bool(found.all()):
             break
         xi, phi = (a - b) / (c - b), (at_a - at_b) / (at_c - at_b)
         safe = (phi.square() < xi) & ((1 - phi).square() < 1 - xi)
@@ -132,8 +147,8 @@ def _root(function: Callable[[Tensor], Tensor], low: tuple[Tensor, Tensor], high
         far = (smallest > 0) & (torch.maximum(a, b) > 16 * smallest)
         point = torch.where(far, (a * b).sqrt(), a + share * (b - a))
         value = function(point)
-        same = (value < 0) == (at_a < 0)
-        c, at_c = torch.where(same, a, b), torch.where(same, at_a, at_b)
-        b, at_b = torch.where(same, b, a), torch.where(same, at_b, at_a)
-        a, at_a = point, value
+        stay = found | ((value < 0) == (at_a < 0))
+        c, at_c = torch.where(stay, a, b), torch.where(stay, at_a, at_b)
+        b, at_b = torch.where(stay, b, a), torch.where(stay, at_b, at_a)
+        a, at_a = torch.where(found, a, point), torch.where(found, at_a, value)
     return torch.where(at_a.abs() < at_b.abs(), a, b)

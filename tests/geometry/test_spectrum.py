@@ -76,7 +76,7 @@ def count_below(matrix: list[list[mpmath.mpf]], x: mpmath.mpf) -> int:
     return negative
 
 
-@pytest.mark.parametrize("rho", [0.0, 1.0, -0.5, -3.0])
+@pytest.mark.parametrize("rho", [0.0, 1.0, -0.5, -3.0, 0.8990764013921805, 1.2219735879807208, 7.0, 1e6, -1.5, -1e6])
 @pytest.mark.parametrize("action", [0, 1, 4])
 @pytest.mark.parametrize("kind", ["saturated", "far", "tied", "half"])
 def test_certified_at_140_digits(kind: str, action: int, rho: float) -> None:
