@@ -34,6 +34,21 @@ def ppo_unclipped(z: Tensor, b: lg.TokenBatch, n: int) -> Tensor:
     return -b.advantages[n] * torch.exp(_logp(z, b, n) - b.old_logprobs[n])
 
 
+def ppo_dual(z: Tensor, b: lg.TokenBatch, n: int) -> Tensor:
+    plain = -ppo(z, b, n)
+    return -(torch.maximum(plain, 1.5 * b.advantages[n]) if b.advantages[n] < 0 else plain)
+
+
+def k3(z: Tensor, b: lg.TokenBatch, n: int) -> Tensor:
+    u = torch.exp(b.ref_logprobs[n]) / torch.softmax(z, 0)[b.actions[n]]
+    return u - torch.log(u) - 1
+
+
+def cispo(z: Tensor, b: lg.TokenBatch, n: int) -> Tensor:
+    ratio = torch.exp(_logp(z, b, n) - b.old_logprobs[n]).item()
+    return -min(ratio, 1.28) * b.advantages[n] * _logp(z, b, n)
+
+
 def _full_advantage(b: lg.TokenBatch, n: int, vocab: int, beta: float) -> tuple[Tensor, Tensor]:
     """(A / beta over the vocabulary, which entries are known)."""
     ids = b.actions[n : n + 1] if b.advantage_ids is None else b.advantage_ids[n]
@@ -90,6 +105,13 @@ PAIRS: dict[str, tuple[lg.Objective, Loss]] = {
     "lco-kld": (lg.objective("lco-kld"), lco_kld),
     "lco-mse": (lg.objective("lco-mse"), lco_mse),
     "lco-lch": (lg.objective("lco-lch"), lco_lch),
+    "ppo-dual": (lg.objective("ppo", dual_clip=1.5), ppo_dual),
+    "rloo": (lg.objective("rloo"), reinforce),
+    "grpo": (lg.objective("grpo", beta=0.3), lambda z, b, n: ppo(z, b, n) + 0.3 * k3(z, b, n)),
+    "dr-grpo": (lg.objective("dr-grpo"), ppo),
+    "dapo": (lg.objective("dapo"), lambda z, b, n: ppo(z, b, n, 0.2, 0.28)),
+    "cispo": (lg.objective("cispo"), cispo),
+    "k3": (lg.objective("k3"), k3),
     "own-hinge": (
         lg.action_objective(lambda logp, b: b.advantages * (logp - b.ref_logprobs).square() + (-logp).sqrt()),
         lambda z, b, n: b.advantages[n] * (_logp(z, b, n) - b.ref_logprobs[n]) ** 2 + (-_logp(z, b, n)).sqrt(),

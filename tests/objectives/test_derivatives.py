@@ -121,7 +121,12 @@ def test_masked_tokens_count_for_nothing(device: torch.device) -> None:
             logits, full = Case(17, "random", 1.0, 0.0).build(device)
             keep = torch.tensor(mask, device=device)
             batch = lg.TokenBatch(
-                full.actions, full.advantages, full.old_logprobs, mask=keep, old_logits=full.old_logits
+                full.actions,
+                full.advantages,
+                full.old_logprobs,
+                full.ref_logprobs,
+                mask=keep,
+                old_logits=full.old_logits,
             )
             objective = lg.objective(name)
             H = objective.hessian(logits, batch)
