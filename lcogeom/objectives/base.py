@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lcogeom.geometry.hessian import LogitHessian
 
+LOGIT_FIELDS = ("old_logits", "ref_logits")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
@@ -38,6 +40,14 @@ class TokenBatch:
     """The behaviour policy's logits, (N, V)."""
     advantage_ids: Tensor | None = None
     """Token ids that `advantages` belongs to, (N, K) integer; None: the sampled action alone."""
+    ref_logits: Tensor | None = None
+    """The reference policy's (or teacher's) logits, (N, V)."""
+    sequences: Tensor | None = None
+    """Which completion each token belongs to, (N,) integer; the tokens of a completion in their order."""
+    pairs: Tensor | None = None
+    """Which preference pair each token belongs to, (N,) integer."""
+    chosen: Tensor | None = None
+    """Whether the token belongs to the preferred answer of its pair, (N,) bool."""
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 1:
@@ -51,16 +61,16 @@ class TokenBatch:
             value = getattr(self, field.name)
             if value is None or field.name == "actions":
                 continue
-            wide = field.name in ("old_logits", "advantage_ids") or (
+            wide = field.name in (*LOGIT_FIELDS, "advantage_ids") or (
                 field.name == "advantages" and self.advantage_ids is not None
             )
             if value.ndim != 1 + wide or len(value) != count:
-                want = f"({count}, {'V' if field.name == 'old_logits' else 'K'})" if wide else f"({count},)"
+                want = f"({count}, {'V' if field.name in LOGIT_FIELDS else 'K'})" if wide else f"({count},)"
                 raise ValueError(
                     f"{field.name}: shape {tuple(value.shape)}; must be {want}, one entry for each of the "
                     f"{count} tokens in `actions`."
                 )
-            if value.is_floating_point() and field.name != "old_logits" and not bool(torch.isfinite(value).all()):
+            if value.is_floating_point() and field.name not in LOGIT_FIELDS and not bool(torch.isfinite(value).all()):
                 token = int((~torch.isfinite(value)).reshape(count, -1).any(1).nonzero()[0])
                 raise ValueError(f"{field.name}: NaN or infinite at token {token}. Check where it was computed.")
         if self.advantage_ids is not None:
