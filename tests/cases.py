@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,8 +43,22 @@ class Case:
             old_logprobs=(logprobs - self.log_ratio).to(device),
             ref_logprobs=(logprobs - 0.1).to(device),
             old_logits=old_logits.to(device),
+            ref_logits=(old_logits.flip(0) + 0.5 * logits.double()).to(device),
+            sequences=torch.tensor([4, 4, 4, 9, 9], device=device),
+            pairs=torch.tensor([2, 2, 2, 1, 1], device=device),
+            chosen=torch.tensor([True, False, True, False, True], device=device),
         )
         return logits.to(device), batch
+
+    def dense(self, device: torch.device) -> tuple[torch.Tensor, lg.TokenBatch]:
+        """The same with advantages of both signs on min(5, V) ids of each token, its action not always among them."""
+        logits, batch = self.build(device)
+        rng = torch.Generator().manual_seed(self.vocab)
+        count = min(5, self.vocab)
+        ids = torch.stack([torch.randperm(self.vocab, generator=rng)[:count] for _ in range(TOKENS)])
+        ids[0] = torch.arange(count)
+        advantages = self.advantage * torch.randn(ids.shape, generator=rng, dtype=torch.float64)
+        return logits, replace(batch, advantages=advantages.to(device), advantage_ids=ids.to(device))
 
 
 def make_logits(kind: str, vocab: int, rng: torch.Generator) -> torch.Tensor:

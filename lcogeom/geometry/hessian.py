@@ -2,72 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
-from lcogeom.geometry.softmax import TokenDistribution
+from lcogeom.geometry.projected import EPS, ProjectedDiagonal
+from lcogeom.geometry.softmax import TokenDistribution, blocks, distributions, token_distribution
 from lcogeom.geometry.spectrum import action_eigenvalue_range
 
 DENSE_LIMIT = 4096
+Cost = Callable[[Tensor, slice], Tensor]
+"""(logits (n, V) float64, rows) -> c (n, V), up to a constant per row: that of the tokens `rows`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExtremeEigenvectors:
+    """Both ends of each token's spectrum with their eigenvectors."""
+
+    lowest: Tensor
+    highest: Tensor
+    """Eigenvalues, (N,)."""
+    lowest_vectors: Tensor
+    highest_vectors: Tensor
+    """Unit eigenvectors, (N, V); of a repeated eigenvalue, one of them."""
+    residuals: Tensor
+    """||H x - y x|| / max |eigenvalue| at the lowest and the highest end, (N, 2)."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogitHessian:
-    """N symmetric matrices `diag(d) + U^T C U`, V x V each, float64 (method.md, 2.4).
+    """N symmetric matrices V x V, one for each token, float64 (method.md, 2.1 to 2.4):
 
-    Every method costs O(V) per token. Where the loss does not change when a constant is added to the logits,
-    H 1 = 0; products then first subtract from x its value at the heaviest coordinate and its mean, which changes
-    nothing in exact arithmetic and keeps the digits that saturated tokens would lose.
+        fisher S + action u u^T + (Hessian of sum_j p_j c_j at fixed c) + diag(ridge)
+
+    Holds the caller's logits and a few numbers per token; the softmax is taken again, block by block, by every method,
+    each of which costs O(V) per token. Hessians of the same logits add, and scale by a number.
     """
 
-    diag: Tensor
-    """d, (N, V)."""
-    factors: Tensor
-    """U, (N, k, V); k may be 0."""
-    core: Tensor
-    """C, (N, k, k), symmetric."""
-    negatives: Tensor
-    """Number of negative eigenvalues, (N,) int64, from the exact criterion of whoever built the matrix."""
-    extremes: Callable[[], tuple[Tensor, Tensor]]
-    """(lowest, highest) eigenvalue, (N,) each, computed when asked for."""
-    shift_invariant: bool
-    """Whether H 1 = 0."""
+    logits: Tensor
+    """(N, V), any floating dtype; not copied."""
+    actions: Tensor
+    """a, (N,) integer."""
+    fisher: Tensor
+    """Weight of S, (N,) float64; -f' for an action objective."""
+    action: Tensor
+    """Weight of u u^T, (N,) float64; f'' for an action objective."""
+    cost: Cost | None = None
+    """c; None: no such term."""
+    ridge: tuple[Tensor, Tensor] | None = None
+    """(ids (N, K), values (N, K)) of the diagonal in the raw logits; repeated ids add up."""
+
+    exact = True
+    """Eigenvalues and inertia are those of the matrices, to rounding."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(N, V, V)."""
-        tokens, vocab = self.diag.shape
+        tokens, vocab = self.logits.shape
         return tokens, vocab, vocab
+
+    def __add__(self, other: LogitHessian) -> LogitHessian:
+        if not isinstance(other, LogitHessian):
+            return NotImplemented
+        if self.logits is not other.logits and not torch.equal(self.logits, other.logits):
+            raise ValueError("+: the two Hessians belong to different logits; build both from the same.")
+        if not torch.equal(self.actions, other.actions):
+            raise ValueError("+: the two Hessians belong to different actions; build both from the same batch.")
+        first, second = self.cost, other.cost
+        cost = first or second
+        if first is not None and second is not None:
+            cost = lambda z, rows: first(z, rows) + second(z, rows)  # noqa: E731
+        ridge = self.ridge or other.ridge
+        if self.ridge is not None and other.ridge is not None:
+            ids, values = zip(self.ridge, other.ridge, strict=True)
+            ridge = torch.cat(ids, dim=1), torch.cat(values, dim=1)
+        fisher, action = self.fisher + other.fisher, self.action + other.action
+        return LogitHessian(self.logits, self.actions, fisher, action, cost, ridge)
+
+    def __mul__(self, factor: float) -> LogitHessian:
+        cost = self.cost
+        scaled = None if cost is None else (lambda z, rows: factor * cost(z, rows))
+        ridge = None if self.ridge is None else (self.ridge[0], factor * self.ridge[1])
+        return LogitHessian(self.logits, self.actions, factor * self.fisher, factor * self.action, scaled, ridge)
+
+    __rmul__ = __mul__
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """H x, token by token. x: (N, V), any floating dtype. Returns (N, V) float64."""
-        x = self._prepared(x)
-        return self.diag * x + self._lift(self._project(x))
+        self._require_like(x)
+        result = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+        for rows, block in self._blocks():
+            result[rows] = block.matvec(x[rows].double())
+        return result
 
     def quadratic(self, x: Tensor) -> Tensor:
         """x^T H x, (N,) float64. x: (N, V)."""
-        x = self._prepared(x)
-        seen = self._project(x)
-        return (self.diag * x.square()).sum(1) + torch.einsum("nk,nkl,nl->n", seen, self.core, seen)
+        self._require_like(x)
+        return torch.cat([block.quadratic(x[rows].double()) for rows, block in self._blocks()])
 
     def diagonal(self) -> Tensor:
         """The diagonals, (N, V) float64."""
-        plain = self.diag + torch.einsum("nkv,nkl,nlv->nv", self.factors, self.core, self.factors)
-        if not self.shift_invariant:
-            return plain
-        # p_a - p_a^2 cancels when p_a is close to 1; the quadratic form of that one coordinate does not.
-        anchor = self._anchor()
-        unit = torch.zeros_like(self.diag).scatter_(1, anchor, 1.0)
-        return plain.scatter(1, anchor, self.quadratic(unit)[:, None])
+        return torch.cat([block.diagonal() for _, block in self._blocks()])
 
     def trace(self) -> Tensor:
         """Sum of the eigenvalues, (N,) float64."""
-        return self.diagonal().sum(1)
+        return torch.cat([block.diagonal().sum(1) for _, block in self._blocks()])
 
     def dense(self) -> Tensor:
         """The matrices themselves, (N, V, V) float64, symmetric.
@@ -76,76 +118,151 @@ class LogitHessian:
             ValueError: V > 4096.
         """
         tokens, vocab, _ = self.shape
-        if vocab > DENSE_LIMIT:
-            raise ValueError(
-                f"dense: {tokens} matrices of {vocab} x {vocab} would take {tokens * vocab**2 * 8 / 2**30:.1f} GiB; "
-                f"dense() stops at V = {DENSE_LIMIT}. Use H @ x, quadratic, diagonal, trace or negative_count."
-            )
-        full = torch.einsum("nkv,nkl,nlw->nvw", self.factors, self.core, self.factors)
-        full = (full + full.transpose(1, 2)) / 2
-        full.diagonal(dim1=1, dim2=2).copy_(self.diagonal())
-        return full
+        require_dense(tokens, vocab)
+        return torch.cat([block.dense() for _, block in self._blocks()])
 
     def negative_count(self) -> Tensor:
         """Number of negative eigenvalues, (N,) int64, exact."""
-        return self.negatives
+        if self._is_action:
+            odds = torch.cat([some.odds_against() for _, some in distributions(self.logits, self.actions)])
+            return negative_count(-self.fisher, self.action, odds, self.shape[1])
+        if self._is_diagonal:
+            return torch.cat([(block < 0).sum(1) for block in self._ridges()])
+        return torch.cat([block.negative_count() for _, block in self._blocks()])
 
     def eigenvalue_range(self) -> tuple[Tensor, Tensor]:
-        """(lowest, highest) eigenvalue, (N,) float64 each, exact to rounding: the root of one secular equation."""
-        return self.extremes()
+        """(lowest, highest) eigenvalue, (N,) float64 each, exact to rounding.
+
+        By one secular equation where S and u u^T are all there is, else by bisection on the inertia.
+        """
+        if self._is_action:
+            ends = [
+                action_eigenvalue_range(some, -self.fisher[rows], self.action[rows])
+                for rows, some in distributions(self.logits, self.actions)
+            ]
+        elif self._is_diagonal:
+            ends = [(block.min(dim=1).values, block.max(dim=1).values) for block in self._ridges()]
+        else:
+            ends = [(block.lowest(), -block.negated().lowest()) for _, block in self._blocks()]
+        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+    def extreme_eigenvectors(self) -> ExtremeEigenvectors:
+        """Both extreme eigenpairs, by inverse iteration at the eigenvalues of `eigenvalue_range`; see `residuals`."""
+        low, high = self.eigenvalue_range()
+        size = torch.maximum(low.abs(), high.abs())
+        vectors: list[tuple[Tensor, Tensor]] = []
+        residuals: list[tuple[Tensor, Tensor]] = []
+        for rows, block in self._blocks():
+            ends = [_eigenvector(block, end[rows], size[rows]) for end in (low, high)]
+            vectors.append((ends[0][0], ends[1][0]))
+            residuals.append((ends[0][1], ends[1][1]))
+        return ExtremeEigenvectors(
+            low,
+            high,
+            torch.cat([first for first, _ in vectors]),
+            torch.cat([second for _, second in vectors]),
+            torch.cat([torch.stack(pair, dim=1) for pair in residuals]),
+        )
 
     def is_convex(self) -> Tensor:
         """Whether the matrix is positive semi-definite, (N,) bool, exact."""
-        return self.negatives == 0
+        return self.negative_count() == 0
 
-    def _prepared(self, x: Tensor) -> Tensor:
-        if x.shape != self.diag.shape:
-            raise ValueError(f"x: shape {tuple(x.shape)}, but this Hessian acts on {tuple(self.diag.shape)}.")
-        x = x.to(self.diag.dtype)
-        if not self.shift_invariant:
-            return x
-        x = x - x.gather(1, self._anchor())
-        weight = self.diag.abs()
-        mean = (weight * x).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        return x - torch.nan_to_num(mean)
+    @property
+    def _is_action(self) -> bool:
+        return self.cost is None and self.ridge is None
 
-    def _anchor(self) -> Tensor:
-        return self.diag.abs().argmax(dim=1, keepdim=True)  # (N, 1)
+    @property
+    def _is_diagonal(self) -> bool:
+        return self.cost is None and not bool((self.fisher != 0).any()) and not bool((self.action != 0).any())
 
-    def _project(self, x: Tensor) -> Tensor:
-        return torch.einsum("nkv,nv->nk", self.factors, x)
+    def _require_like(self, x: Tensor) -> None:
+        if x.shape != self.logits.shape:
+            raise ValueError(f"x: shape {tuple(x.shape)}, but this Hessian acts on {tuple(self.logits.shape)}.")
 
-    def _lift(self, seen: Tensor) -> Tensor:
-        return torch.einsum("nkv,nkl,nl->nv", self.factors, self.core, seen)
+    def _ridges(self) -> Iterator[Tensor]:
+        for rows in blocks(*self.logits.shape):
+            ridge = self._ridge(rows)
+            assert ridge is not None
+            yield ridge
+
+    def _ridge(self, rows: slice) -> Tensor | None:
+        if self.ridge is None:
+            return None
+        ids, values = self.ridge[0][rows], self.ridge[1][rows].double()
+        return values.new_zeros(len(ids), self.shape[1]).scatter_add_(1, ids, values)
+
+    def _blocks(self) -> Iterator[tuple[slice, ProjectedDiagonal]]:
+        for rows in blocks(*self.logits.shape):
+            z = self.logits[rows].detach().double()
+            some = token_distribution(z, self.actions[rows])
+            c = None if self.cost is None else self.cost(z, rows)
+            yield rows, _projected(some, self.fisher[rows], self.action[rows], c, self._ridge(rows))
 
 
-def action_hessian(distribution: TokenDistribution, d1: Tensor, d2: Tensor) -> LogitHessian:
+def require_dense(tokens: int, vocab: int) -> None:
+    """Raise ValueError where N matrices of V x V are more than anyone means to hold."""
+    if vocab > DENSE_LIMIT:
+        raise ValueError(
+            f"dense: {tokens} matrices of {vocab} x {vocab} would take {tokens * vocab**2 * 8 / 2**30:.1f} GiB; "
+            f"dense() stops at V = {DENSE_LIMIT}. Use H @ x, quadratic, diagonal, trace or negative_count."
+        )
+
+
+def _projected(
+    some: TokenDistribution, fisher: Tensor, action: Tensor, cost: Tensor | None, ridge: Tensor | None
+) -> ProjectedDiagonal:
+    """w = p (fisher + c - p.c) + action e_a."""
+    probs, chosen = some.probs, some.actions[:, None]
+    heavy = probs.argmax(dim=1, keepdim=True)
+    complement = probs.scatter(1, heavy, 0.0).sum(1, keepdim=True)
+    signs = fisher[:, None].expand_as(probs)
+    signs = signs.clone() if cost is None else signs + centred(probs, heavy, cost)
+    weights = probs * signs
+    pi, plain = probs.gather(1, chosen), signs.gather(1, chosen)
+    # p_a (fisher + c_a) + action, which cancels near p_a = 1 for PPO
+    at_action = torch.where(
+        pi < 0.5, pi * plain + action[:, None], (plain + action[:, None]) - plain * some.complement[:, None]
+    )
+    signs.scatter_(1, chosen, torch.where(action[:, None] == 0, plain, at_action / pi))
+    weights.scatter_(1, chosen, at_action)
+    return ProjectedDiagonal(probs, weights, signs, ridge, heavy, complement)
+
+
+def centred(probs: Tensor, heavy: Tensor, cost: Tensor) -> Tensor:
+    """c - p.c, (n, V), relative to the heaviest coordinate: accurate on saturated tokens."""
+    cost = cost - cost.gather(1, heavy)
+    return cost - (probs * cost).sum(1, keepdim=True)
+
+
+def _eigenvector(block: ProjectedDiagonal, value: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit eigenvector (n, V), residual / size (n,)) at an eigenvalue, (n,)."""
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(block.probs.shape, generator=rng, dtype=torch.float64)  # drawn on the CPU on every device
+    x = start.to(block.probs.device)
+    y = value[:, None]
+    # Off the eigenvalue by less than the next one is away: the solution then is along its eigenvectors.
+    shift = y - torch.where(y == 0, 64 * EPS * size[:, None], 64 * EPS * y.abs()).clamp(min=1e-280)
+    for _ in range(3):
+        x = block.solve(shift, x)
+        x = x / x.abs().amax(1, keepdim=True).clamp(min=1e-280)
+        x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-280)
+    if block.ridge is None:
+        flat = (y == 0) & (size[:, None] >= 0)
+        x = torch.where(flat, x.new_full((), x.shape[1] ** -0.5), x)
+    residual = (block.matvec(x) - y * x).norm(dim=1) / size.clamp(min=1e-280)
+    return x, torch.where(size == 0, 0.0, residual)
+
+
+def action_hessian(logits: Tensor, actions: Tensor, d1: Tensor, d2: Tensor) -> LogitHessian:
     """f'' u u^T - f' S for action objectives (method.md, 2.1). d1 = f', d2 = f'', each (N,).
 
     The Fisher matrix S itself is `d1 = -1, d2 = 0`.
     """
-    d1, d2 = d1.double(), d2.double()
-    probs = distribution.probs
-    zero = torch.zeros_like(d1)
-    return LogitHessian(
-        diag=-d1[:, None] * probs,
-        factors=torch.stack([distribution.direction(), probs], dim=1),
-        core=torch.stack([torch.stack([d2, zero], dim=1), torch.stack([zero, d1], dim=1)], dim=1),
-        negatives=negative_count(d1, d2, distribution.odds_against(), probs.shape[1]),
-        extremes=partial(action_eigenvalue_range, distribution, d1, d2),
-        shift_invariant=True,
-    )
+    return LogitHessian(logits.detach(), actions.long(), -d1.double(), d2.double())
 
 
-def diagonal_hessian(diag: Tensor) -> LogitHessian:
-    """A diagonal Hessian. diag: (N, V)."""
-    diag = diag.double()
-    tokens, vocab = diag.shape
-    return LogitHessian(
-        diag=diag,
-        factors=diag.new_zeros(tokens, 0, vocab),
-        core=diag.new_zeros(tokens, 0, 0),
-        negatives=(diag < 0).sum(1),
-        extremes=lambda: (diag.min(dim=1).values, diag.max(dim=1).values),
-        shift_invariant=False,
-    )
+def diagonal_hessian(logits: Tensor, actions: Tensor, ids: Tensor, values: Tensor) -> LogitHessian:
+    """A diagonal Hessian: `values` (N, K) at the coordinates `ids` (N, K), 0 elsewhere."""
+    zero = torch.zeros(len(actions), dtype=torch.float64, device=logits.device)
+    return LogitHessian(logits.detach(), actions.long(), zero, zero, ridge=(ids.long(), values.double()))

@@ -25,24 +25,16 @@ from torch import Tensor
 
 from lcogeom.geometry.softmax import TokenDistribution
 
-BLOCK_ELEMENTS = 2**17  # 1 MiB in float64, which stays in the cache over all evaluations
 EVALUATIONS = 120  # most that bisection alone needs; interpolation takes a tenth of it
 EPS = torch.finfo(torch.float64).eps
 
 
-def action_eigenvalue_range(distribution: TokenDistribution, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
-    """(lowest, highest) eigenvalue of f'' u u^T - f' S, (N,) float64 each. d1 = f', d2 = f'', (N,)."""
-    d1, d2 = d1.double(), d2.double()
-    tokens, vocab = distribution.probs.shape
-    step = max(1, BLOCK_ELEMENTS // vocab)
-    parts = [
-        _block_range(distribution.rows(slice(start, start + step)), d1[start : start + step], d2[start : start + step])
-        for start in range(0, tokens, step)
-    ]
-    return torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts])
+def action_eigenvalue_range(some: TokenDistribution, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    """(lowest, highest) eigenvalue of f'' u u^T - f' S, (n,) float64 each, of a block of tokens.
 
-
-def _block_range(some: TokenDistribution, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    Args:
+        d1, d2: f' and f'', (n,) float64.
+    """
     length = some.direction().square().sum(1)  # ||u||^2
     rho = torch.where(d1 == 0, 0.0, d2 / d1)
     low, high = _range_of_k(some, rho, length)

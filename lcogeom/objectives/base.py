@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lcogeom.geometry.hessian import LogitHessian
+from lcogeom.geometry.joint import JointHessian
+from lcogeom.geometry.softmax import require_finite
 
 LOGIT_FIELDS = ("old_logits", "ref_logits")
 
@@ -101,6 +106,19 @@ class TokenBatch:
             if getattr(self, field) is None:
                 raise ValueError(f"{field}: objective {name!r} needs it; pass TokenBatch({field}=...).")
 
+    def require_vocabulary(self, vocab: int) -> None:
+        """Raise ValueError unless logits and advantage ids fit a vocabulary of `vocab`."""
+        for field in LOGIT_FIELDS:
+            value = getattr(self, field)
+            if value is not None and value.shape[1] != vocab:
+                raise ValueError(f"{field}: shape {tuple(value.shape)}; must be ({len(self)}, {vocab}).")
+        if self.advantage_ids is not None and int(self.advantage_ids.max()) >= vocab:
+            raise ValueError(f"advantage_ids: id {int(self.advantage_ids.max())} is not below V = {vocab}.")
+
+    def masked(self, keep: Tensor) -> TokenBatch:
+        """The same tokens with those where `keep`, (N,) bool, is off masked out as well."""
+        return replace(self, mask=keep if self.mask is None else self.mask.bool() & keep)
+
     def kept(self, per_token: Tensor) -> Tensor:
         """`per_token`, (N,), with 0 where the mask is off."""
         return per_token if self.mask is None else torch.where(self.mask.bool(), per_token, 0)
@@ -125,9 +143,72 @@ class Objective(ABC):
     def hessian(self, logits: Tensor, batch: TokenBatch) -> LogitHessian:
         """d^2 loss_n / d logits_n^2 in closed form, N matrices. Raises ValueError on non-finite logits."""
 
+    def joint_hessian(self, logits: Tensor, batch: TokenBatch) -> JointHessian:
+        """d^2 (sum of the losses) / d logits^2, one matrix of NV x NV: `hessian` and what couples tokens."""
+        return JointHessian(self.hessian(logits, batch), ())
+
+    def __add__(self, other: Objective) -> Objective:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return SumObjective(((1.0, self), (1.0, other)))
+
+    def __mul__(self, factor: float) -> Objective:
+        return SumObjective(((require_factor(factor), self),))
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + (-1.0) * other
+
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         return f"objective({self.name!r}{options})"
+
+
+class SumObjective(Objective):
+    """A weighted sum of objectives; loss, gradient and Hessian are the sums of theirs."""
+
+    def __init__(self, terms: tuple[tuple[float, Objective], ...]) -> None:
+        flat: list[tuple[float, Objective]] = []
+        for weight, term in terms:
+            inner = term.terms if isinstance(term, SumObjective) else ((1.0, term),)
+            flat += [(weight * factor, part) for factor, part in inner]
+        self.terms: tuple[tuple[float, Objective], ...] = tuple(flat)
+        """(weight, objective) of each term."""
+        self.name = " + ".join(term.name if weight == 1 else f"{weight:g} * {term.name}" for weight, term in flat)
+        self.options = {term.name: dict(term.options) for _, term in flat}
+
+    def loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        return reduce(operator.add, (weight * term.loss(logits, batch) for weight, term in self.terms))
+
+    def gradient(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        (weight, term), *rest = self.terms
+        total = term.gradient(logits, batch).mul_(weight)
+        for weight, term in rest:
+            total.add_(term.gradient(logits, batch), alpha=weight)
+        return total
+
+    def hessian(self, logits: Tensor, batch: TokenBatch) -> LogitHessian:
+        return reduce(operator.add, (weight * term.hessian(logits, batch) for weight, term in self.terms))
+
+    def joint_hessian(self, logits: Tensor, batch: TokenBatch) -> JointHessian:
+        parts = [(weight, term.joint_hessian(logits, batch)) for weight, term in self.terms]
+        links = tuple(replace(link, bend=weight * link.bend) for weight, part in parts for link in part.links)
+        return JointHessian(self.hessian(logits, batch), links)
+
+
+def require_factor(factor: float) -> float:
+    """The factor of an objective as a float; TypeError or ValueError unless it is a finite number."""
+    if not isinstance(factor, (int, float)):
+        raise TypeError(f"*: an objective is multiplied by a number, not by {type(factor).__name__}.")
+    if not math.isfinite(factor):
+        raise ValueError(f"*: {factor}; the factor of an objective must be finite.")
+    return float(factor)
+
+
+def working_precision(logits: Tensor) -> Tensor:
+    """The logits in which a loss is computed: float64 stays, anything else becomes float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def require_logits(logits: Tensor, batch: TokenBatch) -> None:
@@ -136,6 +217,12 @@ def require_logits(logits: Tensor, batch: TokenBatch) -> None:
         raise ValueError(f"logits: shape {tuple(logits.shape)}; must be ({len(batch)}, V), one row per token.")
     if int(batch.actions.max()) >= logits.shape[1]:
         raise ValueError(f"actions: id {int(batch.actions.max())} is not below V = {logits.shape[1]}.")
+
+
+def require_finite_logits(logits: Tensor, batch: TokenBatch) -> None:
+    """`require_logits`, and raise ValueError naming the first token whose logits hold a NaN or an infinity."""
+    require_logits(logits, batch)
+    require_finite(logits)
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Objective])

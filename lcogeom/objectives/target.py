@@ -1,200 +1,60 @@
-"""LCO: losses that pull the logits to the closed-form optimum of the KL-regularised objective (method.md, 2.3).
-
-    max_q E_q[A] - beta KL(q || pi_old)   has the optimum   z* = z_old + A / beta,   t = softmax(z*)
-
-Options, the same for all three:
-
-    beta                 strength of the KL; 2.0 in the authors' scripts
-    target               "rollout": z_old is the rollout policy's, as the paper defines it; "current": the authors'
-                         MSE and log-cosh code, where z_old is the policy's own detached logits and the target moves
-    negative_beta_scale  beta is multiplied by it where A < 0; the authors' sparse setting uses 100, the paper none
-    standardise          divide the advantages of a token by their standard deviation over its K ids (authors, dense)
-    outside              what the ids without a known advantage get in LCO-KLD: "keep" A = 0, or "drop", no mass at all
-                         (authors, dense: A = -100 after the division by beta)
-
-Sparse advantages: `TokenBatch.advantages` (N,), of the sampled action. Dense: (N, K) with `advantage_ids`.
-"""
+"""Losses towards a distribution that is held fixed, k KL(t || p): convex whatever the target (method.md, 2.3)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lcogeom.geometry.hessian import LogitHessian, action_hessian, diagonal_hessian
-from lcogeom.geometry.softmax import require_finite, token_distribution
-from lcogeom.objectives.base import Objective, TokenBatch, register, require_logits
-
-DROPPED = -100.0  # the authors' stand-in for "no mass", after the division by beta
-
-
-@dataclass(frozen=True)
-class LCOTarget:
-    """How z* is built; see the head of this file."""
-
-    beta: float
-    target: str
-    negative_beta_scale: float
-    standardise: bool
-    outside: str
-
-    def __post_init__(self) -> None:
-        for option in ("beta", "negative_beta_scale"):
-            value = getattr(self, option)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{option}: {value}; must be a finite number > 0.")
-        for option, allowed in (("target", ("rollout", "current")), ("outside", ("keep", "drop"))):
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"{option}: {getattr(self, option)!r}; must be one of {', '.join(allowed)}.")
-
-    def anchor(self, name: str, logits: Tensor, batch: TokenBatch) -> Tensor:
-        """z_old, (N, V), detached, in the dtype of `logits`."""
-        if self.target == "current":
-            return logits.detach()
-        batch.require(name, "old_logits")
-        assert batch.old_logits is not None
-        if batch.old_logits.shape != logits.shape:
-            raise ValueError(f"old_logits: shape {tuple(batch.old_logits.shape)}; must be {tuple(logits.shape)}.")
-        return batch.old_logits.detach().to(logits)
-
-    def shifts(self, name: str, batch: TokenBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(ids (N, K), A / beta at those ids (N, K)); K = 1 for sparse advantages."""
-        batch.require(name, "advantages")
-        assert batch.advantages is not None
-        sparse = batch.advantage_ids is None
-        ids = batch.actions[:, None] if batch.advantage_ids is None else batch.advantage_ids
-        advantages = batch.advantages.to(dtype).reshape(ids.shape)
-        if self.standardise:
-            if sparse:
-                raise ValueError("standardise: needs several advantages per token; pass TokenBatch(advantage_ids=...).")
-            advantages = advantages / advantages.std(dim=1, keepdim=True).clamp(min=1e-6)
-        scale = torch.where(advantages < 0, self.negative_beta_scale, 1.0)
-        return ids.long(), advantages / (self.beta * scale)
+from lcogeom.geometry.hessian import LogitHessian, action_hessian
+from lcogeom.geometry.softmax import blocks
+from lcogeom.objectives.base import Objective, TokenBatch, require_finite_logits, require_logits, working_precision
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LCOKld(Objective):
-    """KL(t || p). Gradient p - t, Hessian S: SFT's, whatever the advantages."""
-
-    lco: LCOTarget
-    options: Mapping[str, object]
-    name: str = "lco-kld"
-
-    def loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        require_logits(logits, batch)
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        log_target = self._log_target(z, batch)
-        target = log_target.exp()
-        return batch.kept((target * (log_target - torch.log_softmax(z, dim=1))).sum(1))
-
-    def gradient(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        require_logits(logits, batch)
-        require_finite(logits)
-        z = logits.detach().double()
-        pull = torch.softmax(z, dim=1) - self._log_target(z, batch).exp()
-        return pull * _keep(batch, z)
-
-    def hessian(self, logits: Tensor, batch: TokenBatch) -> LogitHessian:
-        require_logits(logits, batch)
-        require_finite(logits)
-        keep = _keep(batch, logits.detach().double())[:, 0]
-        return action_hessian(token_distribution(logits, batch.actions), -keep, torch.zeros_like(keep))
-
-    def _log_target(self, z: Tensor, batch: TokenBatch) -> Tensor:
-        ids, shift = self.lco.shifts(self.name, batch, z.dtype)
-        base = torch.log_softmax(self.lco.anchor(self.name, z, batch), dim=1)
-        if self.lco.outside == "drop" and batch.advantage_ids is not None:
-            shifted = (base + DROPPED).scatter(1, ids, base.gather(1, ids) + shift)
-        else:
-            shifted = base.scatter_add(1, ids, shift)
-        return torch.log_softmax(shifted, dim=1)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LCODistance(Objective):
-    """sum_j d(z_j - z*_j) over the ids with a known advantage, for a convex even function d of one number."""
+class TargetObjective(Objective):
+    """k KL(t || p) for a target t and a weight k that are held fixed. Gradient k (p - t), Hessian k S."""
 
     name: str
-    lco: LCOTarget
-    options: Mapping[str, object]
-    distance: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    bend: Callable[[Tensor], Tensor]
+    log_target: Callable[[Tensor, TokenBatch], Tensor]
+    """(logits (n, V) detached, their tokens) -> log t, (n, V), in the dtype of the logits."""
+    weight: Callable[[TokenBatch], Tensor] | None = None
+    """k >= 0, (N,) float64; None: 1."""
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        require_logits(logits, batch)
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        _, gap = self._gap(z, batch)
-        return batch.kept(self.distance(gap).sum(1))
+        self._require(logits, batch)
+        z = working_precision(logits)
+        log_target = self.log_target(z.detach(), batch)
+        target = log_target.exp()
+        gap = torch.where(target > 0, log_target - torch.log_softmax(z, dim=1), 0.0)
+        return self._kept_weight(batch).to(z) * (target * gap).sum(1)
 
     def gradient(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        return self._scattered(self.slope, logits, batch)
+        require_finite_logits(logits, batch)
+        self._require(logits, batch)
+        weight = self._kept_weight(batch)
+        result = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
+        for rows in blocks(*logits.shape):
+            z = logits[rows].detach().double()
+            result[rows] = weight[rows, None] * (torch.softmax(z, dim=1) - self.log_target(z, batch[rows]).exp())
+        return result
 
     def hessian(self, logits: Tensor, batch: TokenBatch) -> LogitHessian:
-        return diagonal_hessian(self._scattered(self.bend, logits, batch))
+        require_finite_logits(logits, batch)
+        if self.weight is not None:
+            self._require(logits, batch)
+        weight = self._kept_weight(batch)
+        return action_hessian(logits, batch.actions, -weight, torch.zeros_like(weight))
 
-    def _gap(self, z: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(ids, z - z* at those ids), (N, K) each."""
-        ids, shift = self.lco.shifts(self.name, batch, z.dtype)
-        return ids, z.gather(1, ids) - self.lco.anchor(self.name, z, batch).gather(1, ids) - shift
+    def _kept_weight(self, batch: TokenBatch) -> Tensor:
+        ones = torch.ones(len(batch), dtype=torch.float64, device=batch.actions.device)
+        return batch.kept(ones if self.weight is None else self.weight(batch))
 
-    def _scattered(self, function: Callable[[Tensor], Tensor], logits: Tensor, batch: TokenBatch) -> Tensor:
+    def _require(self, logits: Tensor, batch: TokenBatch) -> None:
         require_logits(logits, batch)
-        require_finite(logits)
-        z = logits.detach().double()
-        ids, gap = self._gap(z, batch)
-        return torch.zeros_like(z).scatter(1, ids, function(gap)) * _keep(batch, z)
-
-
-def _keep(batch: TokenBatch, z: Tensor) -> Tensor:
-    """The mask as a column of ones and zeros, (N, 1), in the dtype of z."""
-    return batch.kept(z.new_ones(len(batch)))[:, None]
-
-
-def _log_cosh(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, -x) - math.log(2.0)  # no overflow, and smooth at 0 for autograd too
-
-
-def _sech_squared(x: Tensor) -> Tensor:
-    return torch.cosh(x).pow(-2)
-
-
-@register("lco-kld")
-def lco_kld(
-    *,
-    beta: float = 2.0,
-    target: str = "rollout",
-    negative_beta_scale: float = 1.0,
-    standardise: bool = False,
-    outside: str = "keep",
-) -> Objective:
-    """KL(t || p), gradient p - t, Hessian S. Options: see `lcogeom.objectives.target`. [systems.md 1.2, confirmed]"""
-    lco = LCOTarget(beta, target, negative_beta_scale, standardise, outside)
-    return LCOKld(lco, vars(lco))
-
-
-@register("lco-mse")
-def lco_mse(
-    *, beta: float = 2.0, target: str = "rollout", negative_beta_scale: float = 1.0, standardise: bool = False
-) -> Objective:
-    """1/2 sum_j (z_j - z*_j)^2, gradient z - z*, Hessian I, on the ids with a known advantage.
-
-    The authors' code has no 1/2: their loss, gradient and Hessian are twice these. [systems.md 1.2, confirmed]
-    """
-    lco = LCOTarget(beta, target, negative_beta_scale, standardise, "keep")
-    return LCODistance("lco-mse", lco, vars(lco), lambda x: x.square() / 2, lambda x: x, torch.ones_like)
-
-
-@register("lco-lch")
-def lco_lch(
-    *, beta: float = 2.0, target: str = "rollout", negative_beta_scale: float = 1.0, standardise: bool = False
-) -> Objective:
-    """sum_j log cosh(z_j - z*_j), gradient tanh, Hessian diag(sech^2), on the ids with a known advantage.
-
-    [systems.md 1.2, confirmed]
-    """
-    lco = LCOTarget(beta, target, negative_beta_scale, standardise, "keep")
-    return LCODistance("lco-lch", lco, vars(lco), _log_cosh, torch.tanh, _sech_squared)
+        batch.require(self.name, *self.needs)
+        batch.require_vocabulary(logits.shape[1])

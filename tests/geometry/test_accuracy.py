@@ -27,8 +27,9 @@ def test_relative_accuracy_at_any_saturation(gap: float, action: int) -> None:
     z[:, 0] = z[:, 1:].max(dim=1).values + gap
     d1 = -0.1 - torch.rand(TOKENS, generator=rng, dtype=torch.float64)
     d2 = torch.rand(TOKENS, generator=rng, dtype=torch.float64)
-    distribution = token_distribution(z, torch.full((TOKENS,), action))
-    H = action_hessian(distribution, d1, d2)
+    actions = torch.full((TOKENS,), action)
+    distribution = token_distribution(z, actions)
+    H = action_hessian(z, actions, d1, d2)
     found = {
         "direction": distribution.direction(),
         "logprobs": distribution.logprobs,

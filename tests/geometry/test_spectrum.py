@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from lcogeom.geometry.hessian import action_hessian
-from lcogeom.geometry.softmax import token_distribution
 from tests.cases import CASES, Case
 from tests.geometry.test_inertia import MODERATE, rounding_scale
-from tests.oracles import PAIRS
+from tests.oracles import PAIRS, built, usable
 
 RHOS = [0.0, 1.0, -0.3, -0.999, -1.0, -1.001, -2.5, 30.0, 0.37]  # f'' / f'
 
@@ -19,7 +18,7 @@ RHOS = [0.0, 1.0, -0.3, -0.999, -1.0, -1.001, -2.5, 30.0, 0.37]  # f'' / f'
 @pytest.mark.parametrize("name", PAIRS)
 def test_equals_eigvalsh(name: str, case: Case, device: torch.device) -> None:
     objective, _ = PAIRS[name]
-    logits, batch = case.build(device)
+    logits, batch = built(name, case, device)
     H = objective.hessian(logits, batch)
     values = torch.linalg.eigvalsh(H.dense())
     low, high = H.eigenvalue_range()
@@ -41,7 +40,7 @@ def test_every_ratio_of_the_derivatives(rho: float, sign: float, device: torch.d
         d1 = sign * (0.2 + torch.rand(80, generator=rng, dtype=torch.float64))
         d1[::9] = 0.0
         d2 = torch.where(d1 == 0, rho, rho * d1)
-        H = action_hessian(token_distribution(logits.to(device), actions.to(device)), d1.to(device), d2.to(device))
+        H = action_hessian(logits.to(device), actions.to(device), d1.to(device), d2.to(device))
         values = torch.linalg.eigvalsh(H.dense())
         low, high = H.eigenvalue_range()
         torch.testing.assert_close(low, values[:, 0], rtol=1e-12, atol=2e-14)
@@ -52,9 +51,9 @@ def test_every_ratio_of_the_derivatives(rho: float, sign: float, device: torch.d
 def test_consistent_with_the_inertia(case: Case, device: torch.device) -> None:
     """The lowest eigenvalue is negative exactly where the criterion counts one, on every hard case."""
     for name, (objective, _) in PAIRS.items():
-        if name == "own-hinge" and case.logits == "saturated":
-            continue  # its derivative does not exist there
-        logits, batch = case.build(device)
+        if not usable(name, case):
+            continue
+        logits, batch = built(name, case, device)
         H = objective.hessian(logits, batch)
         low, high = H.eigenvalue_range()
         assert torch.equal(low < 0, H.negative_count() > 0), name
@@ -95,7 +94,7 @@ def test_certified_at_140_digits(kind: str, action: int, rho: float) -> None:
         z[action] = torch.logsumexp(torch.stack(others), 0) + (4e-9 if action % 2 else -4e-9)
     for slope in (-0.8, 0.8):
         d1 = torch.tensor([slope], dtype=torch.float64)
-        H = action_hessian(token_distribution(z[None], torch.tensor([action])), d1, rho * d1)
+        H = action_hessian(z[None], torch.tensor([action]), d1, rho * d1)
         low, high = (end.item() for end in H.eigenvalue_range())
         with mpmath.workdps(160 + 2 * int(z.max())):
             weights = [mpmath.exp(mpmath.mpf(v)) for v in z.tolist()]
@@ -111,3 +110,57 @@ def test_certified_at_140_digits(kind: str, action: int, rho: float) -> None:
                 width = mpmath.mpf("1e-12") * (size if kind == "half" or end == 0 else abs(centre))
                 assert count_below(exact, centre - width) <= below
                 assert count_below(exact, centre + width) > below
+
+
+def exact_matrix(H: lg.LogitHessian, n: int) -> list[list[mpmath.mpf]]:
+    """Token n's matrix, term by term from its definition (method.md, 2.1 to 2.4), in the working precision."""
+    z = [mpmath.mpf(v) for v in H.logits[n].tolist()]
+    vocab, action, row = len(z), int(H.actions[n]), slice(n, n + 1)
+    weights = [mpmath.exp(v - max(z)) for v in z]
+    p = [w / mpmath.fsum(weights) for w in weights]
+    u = [(j == action) - p[j] for j in range(vocab)]
+    fisher, bend = mpmath.mpf(H.fisher[n].item()), mpmath.mpf(H.action[n].item())
+    cost = [0.0] * vocab if H.cost is None else H.cost(H.logits[row].double(), row)[0].tolist()
+    mean = mpmath.fsum(a * mpmath.mpf(b) for a, b in zip(p, cost, strict=True))
+    g = [p[j] * (mpmath.mpf(cost[j]) - mean) for j in range(vocab)]
+    matrix = [
+        [
+            fisher * ((p[i] if i == j else 0) - p[i] * p[j])
+            + bend * u[i] * u[j]
+            + (g[i] if i == j else 0)
+            - g[i] * p[j]
+            - p[i] * g[j]
+            for j in range(vocab)
+        ]
+        for i in range(vocab)
+    ]
+    if H.ridge is not None:
+        for i, value in zip(H.ridge[0][n].tolist(), H.ridge[1][n].tolist(), strict=True):
+            matrix[i][i] += mpmath.mpf(value)
+    return matrix
+
+
+def certify(H: lg.LogitHessian, n: int) -> None:
+    """Both ends of token n hold their eigenvalue to 1e-12 of the larger: the inertia changes across it."""
+    low, high = (end[n].item() for end in H.eigenvalue_range())
+    matrix = exact_matrix(H, n)
+    width = mpmath.mpf("1e-12") * max(abs(low), abs(high)) + mpmath.mpf("1e-300")
+    for end, below in ((low, 0), (high, len(matrix) - 1)):
+        centre = mpmath.mpf(end)
+        assert count_below(matrix, centre - width) <= below, (n, end)
+        assert count_below(matrix, centre + width) > below, (n, end)
+
+
+@pytest.mark.parametrize("logits", ["saturated", "tied", "half", "flat", "peaked"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_objective_certified(name: str, logits: str, device: torch.device) -> None:
+    """200 digits: the smallest probability of a saturated token is 1e-28, and elimination squares it."""
+    for advantage, log_ratio in ((1.0, 0.1), (-2.0, -0.1)):
+        case = Case(4, logits, advantage, log_ratio)
+        if not usable(name, case):
+            continue
+        tensors, batch = built(name, case, device)
+        H = PAIRS[name][0].hessian(tensors, batch)
+        with mpmath.workdps(200):
+            for n in range(len(batch)):
+                certify(H, n)

@@ -9,6 +9,15 @@ import lcogeom as lg
 
 ACTIONS = torch.tensor([1, 2, 0])
 GOOD = {"actions": ACTIONS, "advantages": torch.ones(3), "old_logprobs": -torch.ones(3)}
+FULL = GOOD | {
+    "ref_logprobs": -torch.ones(3),
+    "old_logits": torch.zeros(3, 5),
+    "ref_logits": torch.zeros(3, 5),
+    "sequences": torch.zeros(3, dtype=torch.long),
+    "pairs": torch.zeros(3, dtype=torch.long),
+    "chosen": torch.tensor([True, False, True]),
+}
+DENSE = {"advantages": torch.eye(3)[:, :2], "advantage_ids": torch.tensor([[0, 1]] * 3)}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +57,7 @@ def test_a_field_that_is_missing() -> None:
 
 @pytest.mark.parametrize("name", lg.objective_names())
 def test_logits_that_do_not_fit(name: str) -> None:
-    batch = lg.TokenBatch(**GOOD, old_logits=torch.zeros(3, 5))
+    batch = lg.TokenBatch(**(FULL | DENSE if name == "adpa" else FULL))
     objective = lg.objective(name)
     for method in (objective.loss, objective.gradient, objective.hessian):
         with pytest.raises(ValueError, match="one row per token"):
@@ -60,6 +69,60 @@ def test_logits_that_do_not_fit(name: str) -> None:
     for method in (objective.gradient, objective.hessian):
         with pytest.raises(ValueError, match="token 2 holds"):
             method(spoiled, batch)
+
+
+@pytest.mark.parametrize("name", lg.objective_names())
+def test_every_field_an_objective_lacks_is_named(name: str) -> None:
+    """Without anything but actions, each objective but SFT and the entropy says what it needs."""
+    objective = lg.objective(name)
+    if name in ("sft", "entropy"):
+        return
+    with pytest.raises(ValueError, match=r"^\w+: objective '[\w-]+' needs it; pass TokenBatch\("):
+        objective.loss(torch.zeros(3, 5), lg.TokenBatch(ACTIONS))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("ppo", {"dual_clip": 1.0}, "dual_clip: 1"),
+        ("grpo", {"beta": -1.0}, "beta: -1"),
+        ("cispo", {"clip_high": -0.1}, "clip_high: -0.1"),
+        ("minpro", {"clip_low": -1.0}, "clip_low: -1"),
+        ("gspo", {"clip_low": -1.0}, "clip_low: -1"),
+        ("dpo", {"beta": 0.0}, "beta: 0"),
+        ("simpo", {"gamma": float("nan")}, "gamma: nan"),
+        ("dppo", {"divergence": "tv"}, "divergence: 'tv'; must be one of binary_tv"),
+        ("dppo", {"delta_high": -1.0}, "delta_high: -1"),
+        ("dppo", {"most": 0.0}, "most: 0"),
+        ("dppo", {"top_k": 0}, "top_k: 0"),
+        ("reverse-kl", {"to": "teacher"}, "to: 'teacher'; must be one of reference, rollout"),
+        ("reppo", {"alpha": -1.0}, "alpha: -1"),
+        ("dckd", {"weight": -1.0}, "weight: -1"),
+        ("dckd", {"top_k": 0}, "top_k: 0"),
+        ("adpa", {"weight": float("inf")}, "weight: inf"),
+        ("lco-v0", {"ratio_positive": 0.0}, "ratio_positive: 0"),
+        ("lco-v0", {"most": 1.0}, "most: 1"),
+    ],
+)
+def test_options_out_of_range(name: str, options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        lg.objective(name, **options)
+
+
+def test_sums() -> None:
+    ppo, entropy = lg.objective("ppo"), lg.objective("entropy")
+    assert (ppo - 0.01 * entropy).name == "ppo + -0.01 * entropy"
+    assert isinstance(ppo + lg.objective("sft"), lg.ActionObjective)  # a sum of functions of l is one
+    with pytest.raises(ValueError, match="factor of an objective must be finite"):
+        _ = float("nan") * ppo
+    with pytest.raises(TypeError, match="multiplied by a number, not by ActionObjective"):
+        _ = ppo * ppo
+    with pytest.raises(TypeError):
+        _ = ppo + 1.0
+    batch = lg.TokenBatch(**FULL)
+    H = entropy.hessian(torch.zeros(3, 5), batch)
+    with pytest.raises(ValueError, match="different logits"):
+        _ = H + entropy.hessian(torch.ones(3, 5), batch)
 
 
 def test_names_and_options() -> None:

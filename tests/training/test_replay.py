@@ -183,7 +183,7 @@ def test_settings_out_of_range(wrong: dict, said: str) -> None:
 
 def test_variants() -> None:
     unclipped, advantage = variant_objective("ppo-unclipped:negative")
-    assert (unclipped.options, advantage) == ({"clip_low": None, "clip_high": None}, -1.0)
+    assert (unclipped.options["clip_low"], unclipped.options["clip_high"], advantage) == (None, None, -1.0)
     lco, advantage = variant_objective("lco-mse", beta=0.5)
     assert (lco.options["beta"], advantage) == (0.5, None)
 
