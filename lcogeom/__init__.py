@@ -1,7 +1,23 @@
 """lcogeom: gradient geometry for the policy optimisation of language models."""
 
+from lcogeom.audit import AuditReport, audit_file
 from lcogeom.geometry import LogitHessian
-from lcogeom.objectives import ActionObjective, Objective, TokenBatch, action_objective, objective, objective_names
+from lcogeom.objectives import (
+    ActionObjective,
+    AdamState,
+    Choice,
+    Guarded,
+    Intervention,
+    LastLayer,
+    Objective,
+    TokenBatch,
+    Verdict,
+    action_objective,
+    intervention,
+    intervention_names,
+    objective,
+    objective_names,
+)
 from lcogeom.recording import Probe, TapError, attach
 from lcogeom.runs import Run, load_run
 
@@ -9,14 +25,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActionObjective",
+    "AdamState",
+    "AuditReport",
+    "Choice",
+    "Guarded",
+    "Intervention",
+    "LastLayer",
     "LogitHessian",
     "Objective",
     "Probe",
     "Run",
     "TapError",
     "TokenBatch",
+    "Verdict",
     "action_objective",
     "attach",
+    "audit_file",
+    "intervention",
+    "intervention_names",
     "load_run",
     "objective",
     "objective_names",

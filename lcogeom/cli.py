@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -91,6 +92,106 @@ def replay_command(
 
         folder = replay(settings, run, show)
     print(folder)
+
+
+def _print_recipe(trainer: str | None) -> None:
+    if trainer is None:
+        return
+    from lcogeom.audit.trainers import RECIPES
+
+    if trainer not in RECIPES:
+        raise ValueError(f"--how-to-log: {trainer!r}; must be one of {', '.join(RECIPES)}.")
+    print(RECIPES[trainer], end="")
+    raise typer.Exit()
+
+
+@app.command("audit")
+def audit_command(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Parquet, CSV or JSON lines: one row per token, or one per sequence with lists in its cells."
+        ),
+    ],
+    objective: Annotated[str, typer.Option(help="A loss of log pi(a): ppo, grpo, dapo, cispo, reinforce, ...")] = "ppo",
+    clip_low: Annotated[str | None, typer.Option(help="The objective's lower clip bound; none for no bound.")] = None,
+    clip_high: Annotated[str | None, typer.Option(help="The objective's upper clip bound; none for no bound.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE: any other option of the objective; may be repeated.")
+    ] = None,
+    logprobs: Annotated[str | None, typer.Option(help="Column of log pi(a), the policy under audit.")] = None,
+    old_logprobs: Annotated[
+        str | None, typer.Option(help="Column of the behaviour policy's log-probabilities.")
+    ] = None,
+    ref_logprobs: Annotated[
+        str | None, typer.Option(help="Column of the reference policy's log-probabilities.")
+    ] = None,
+    advantages: Annotated[str | None, typer.Option(help="Column of advantages.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Column that is 0 at tokens that do not count.")] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken rows out and list them.")] = False,
+    worst: Annotated[int, typer.Option(help="How many of the worst tokens to list.")] = 10,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file, too.")] = None,
+    how_to_log: Annotated[
+        str | None,
+        typer.Option(callback=_print_recipe, is_eager=True, help="trl or verl: print the lines that log such a file."),
+    ] = None,
+) -> None:
+    """How convex an objective was at every logged token, from log-probabilities and advantages, without the model.
+
+    Reports the share of convex tokens, the negative-curvature mass and k*, the forward KL that each token lacks, and
+    names the worst tokens. Columns are found by their usual names, TRL's and verl's among them.
+    """
+    from lcogeom.audit import audit_file
+    from lcogeom.audit.show import print_report, reading_progress
+
+    pairs = [entry.partition("=") for entry in option or []]
+    for key, equals, _ in pairs:
+        if not (key and equals):
+            raise ValueError(f"--option: {key!r}; write it as KEY=VALUE.")
+    values = {key: _option_value(value) for key, _, value in pairs}
+    for key, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if bound is not None:
+            values[key] = _option_value(bound)
+            if isinstance(values[key], str):
+                raise ValueError(f"--{key.replace('_', '-')}: {bound!r}; must be a number or none.")
+    named = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "advantages": advantages,
+        "mask": mask,
+    }
+    if worst < 0:
+        raise ValueError(f"--worst: {worst}; must be at least 0.")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json: no folder {str(json_file.parent)!r}; make it first.")
+    with reading_progress(f"reading {file.name}") as progress:
+        report = audit_file(
+            file,
+            objective,
+            options=values,
+            columns={role: column for role, column in named.items() if column is not None},
+            skip_broken=skip_broken,
+            worst=worst,
+            progress=progress,
+        )
+    terminal = sys.stdout.isatty()
+    print_report(report, Console(width=None if terminal else 140))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _option_value(text: str) -> object:
+    """none, true, false or a number; anything else is text."""
+    words: dict[str, object] = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def main() -> None:

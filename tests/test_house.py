@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "models": set(),
     "objectives": {"geometry"},
     "recording": {"objectives", "geometry", "runs"},
+    "audit": {"objectives", "geometry", "runs"},
     "plots": {"runs"},
     "training": {"recording", "objectives", "geometry", "runs", "models"},
 }

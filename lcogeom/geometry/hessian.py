@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
-from lcogeom.geometry.projected import EPS, ProjectedDiagonal
+from lcogeom.geometry.projected import ProjectedDiagonal
 from lcogeom.geometry.softmax import TokenDistribution, blocks, distributions, token_distribution
 from lcogeom.geometry.spectrum import action_eigenvalue_range
 
 DENSE_LIMIT = 4096
+OFFSET = 2e-10  # of the shift of the inverse iteration from its eigenvalue
 Cost = Callable[[Tensor, slice], Tensor]
 """(logits (n, V) float64, rows) -> c (n, V), up to a constant per row: that of the tokens `rows`."""
 
@@ -136,11 +137,8 @@ class LogitHessian:
         By one secular equation where S and u u^T are all there is, else by bisection on the inertia.
         """
         if self._is_action:
-            ends = [
-                action_eigenvalue_range(some, -self.fisher[rows], self.action[rows])
-                for rows, some in distributions(self.logits, self.actions)
-            ]
-        elif self._is_diagonal:
+            return action_eigenvalue_range(self.logits, self.actions, -self.fisher, self.action)
+        if self._is_diagonal:
             ends = [(block.min(dim=1).values, block.max(dim=1).values) for block in self._ridges()]
         else:
             ends = [(block.lowest(), -block.negated().lowest()) for _, block in self._blocks()]
@@ -181,7 +179,7 @@ class LogitHessian:
             raise ValueError(f"x: shape {tuple(x.shape)}, but this Hessian acts on {tuple(self.logits.shape)}.")
 
     def _ridges(self) -> Iterator[Tensor]:
-        for rows in blocks(*self.logits.shape):
+        for rows in blocks(self.logits.shape, self.logits.device):
             ridge = self._ridge(rows)
             assert ridge is not None
             yield ridge
@@ -193,7 +191,7 @@ class LogitHessian:
         return values.new_zeros(len(ids), self.shape[1]).scatter_add_(1, ids, values)
 
     def _blocks(self) -> Iterator[tuple[slice, ProjectedDiagonal]]:
-        for rows in blocks(*self.logits.shape):
+        for rows in blocks(self.logits.shape, self.logits.device):
             z = self.logits[rows].detach().double()
             some = token_distribution(z, self.actions[rows])
             c = None if self.cost is None else self.cost(z, rows)
@@ -241,9 +239,10 @@ def _eigenvector(block: ProjectedDiagonal, value: Tensor, size: Tensor) -> tuple
     start = torch.randn(block.probs.shape, generator=rng, dtype=torch.float64)  # drawn on the CPU on every device
     x = start.to(block.probs.device)
     y = value[:, None]
-    # Off the eigenvalue by less than the next one is away: the solution then is along its eigenvectors.
-    shift = y - torch.where(y == 0, 64 * EPS * size[:, None], 64 * EPS * y.abs()).clamp(min=1e-280)
-    for _ in range(3):
+    # Each solution shrinks what lies outside the eigenspace by OFFSET over the relative distance of the next
+    # eigenvalue; a smaller offset would leave fewer digits to the solve where the eigenvalue is repeated.
+    shift = y - torch.where(y == 0, OFFSET * size[:, None], OFFSET * y.abs()).clamp(min=1e-280)
+    for _ in range(8):
         x = block.solve(shift, x)
         x = x / x.abs().amax(1, keepdim=True).clamp(min=1e-280)
         x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-280)

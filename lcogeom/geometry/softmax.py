@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**17  # 1 MiB in float64: what the cache keeps while a block is worked on
+CPU_BLOCK = 2**17  # 1 MiB in float64: what the cache keeps while a block is worked on
+GPU_BLOCK = 2**23  # 64 MiB: enough to occupy the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,42 +50,60 @@ def token_distribution(logits: Tensor, actions: Tensor) -> TokenDistribution:
         actions: (N,) integer, each in [0, V).
     """
     actions = actions.long()
-    z = logits.detach().double()
-    top = z.max(dim=1, keepdim=True).values
-    chosen_logit = z.gather(1, actions[:, None])
-    weights = (z - top).exp_()
+    weights, chosen, others, logprobs = _weights(logits, actions)
+    scale = 1 / (others + chosen)
+    probs = weights.scatter_(1, actions[:, None], chosen).mul_(scale)
+    return TokenDistribution(probs, actions, logprobs, (others * scale).squeeze(1))
+
+
+def _weights(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(exp(z - max z) with 0 at the action (N, V), that of the action (N, 1), sum of the others (N, 1), l (N,))."""
+    z = logits.detach().to(torch.float64, copy=True)
+    top = z.amax(dim=1, keepdim=True)
+    log_chosen = z.gather(1, actions[:, None]) - top
+    weights = z.sub_(top).exp_()  # in place: fresh memory costs as much as the arithmetic
     chosen = weights.gather(1, actions[:, None])
     others = weights.scatter_(1, actions[:, None], 0.0).sum(1, keepdim=True)
     total = others + chosen
-    complement = (others / total).squeeze(1)
-    direct = (chosen_logit - top - total.log()).squeeze(1)
+    complement = others / total
     # Near p_a = 1 the difference of logits cancels; log1p of the complement does not.
-    logprobs = torch.where(complement < 0.5, torch.log1p(-complement), direct)
-    return TokenDistribution(weights.scatter_(1, actions[:, None], chosen).div_(total), actions, logprobs, complement)
+    logprobs = torch.where(complement < 0.5, torch.log1p(-complement), log_chosen - total.log())
+    return weights, chosen, others, logprobs.squeeze(1)
 
 
-def blocks(tokens: int, vocab: int) -> Iterator[slice]:
-    """Rows to be worked on together: what is computed of them stays in the cache, and memory stays bounded."""
-    step = max(1, BLOCK_ELEMENTS // vocab)
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))
+def block_elements(device: torch.device) -> int:
+    """How many numbers are worked on together."""
+    return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+
+
+def blocks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Rows of a matrix (rows, width) to be worked on together: they stay in the cache, and memory stays bounded."""
+    rows, width = shape
+    step = max(1, block_elements(device) // width)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def distributions(logits: Tensor, actions: Tensor) -> Iterator[tuple[slice, TokenDistribution]]:
     """(rows, `token_distribution` of those rows), block after block."""
-    for rows in blocks(*logits.shape):
+    for rows in blocks(logits.shape, logits.device):
         yield rows, token_distribution(logits[rows], actions[rows])
 
 
 def action_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     """log p_a, (N,) float64, from logits (N, V) of any floating dtype, without a copy of them."""
-    return torch.cat([distribution.logprobs for _, distribution in distributions(logits, actions)])
+    actions = actions.long()
+    return torch.cat([_weights(logits[rows], actions[rows])[3] for rows in blocks(logits.shape, logits.device)])
 
 
 def require_finite(logits: Tensor) -> None:
     """Raise ValueError naming the first token whose logits hold NaN or an infinity."""
-    low, high = logits.detach().aminmax(dim=1)
-    broken = ~(torch.isfinite(low) & torch.isfinite(high))
+    # One sum sees every NaN and infinity; one that overflowed is looked at again.
+    suspect = ~torch.isfinite(logits.detach().sum(dim=1, dtype=torch.float64))
+    if not suspect.any():
+        return
+    broken = suspect.clone()
+    broken[suspect] = ~torch.isfinite(logits.detach()[suspect]).all(dim=1)
     if broken.any():
         token = int(broken.nonzero()[0])
         raise ValueError(

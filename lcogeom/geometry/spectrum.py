@@ -1,4 +1,4 @@
-"""The extreme eigenvalues of an action objective's logit Hessian, exact, in O(V) per token and evaluation.
+"""The extreme eigenvalues of an action objective's logit Hessian, exact, in O(V) per token.
 
 With rho = f'' / f' the Hessian f'' u u^T - f' S is -f' K, and on all coordinates
 
@@ -13,97 +13,169 @@ the terms cancel each other instead, for |rho| is large there; with them taken o
 
     1 / (1 + rho) = sum_i p_i (p_i - v_a) / (p_i - y),     i over the other coordinates,
 
-which has the same zeros. Which interval between two poles holds the root sought follows from interlacing.
+which has the same zeros. Which interval between two poles holds the root sought follows from interlacing. The poles far
+below it enter through their power sums (poles.py), so that an evaluation costs what the few likely tokens cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from lcogeom.geometry.softmax import TokenDistribution
+from lcogeom.geometry.poles import Poles, gathered_poles, stacked_poles
+from lcogeom.geometry.softmax import TokenDistribution, block_elements, distributions
 
 EVALUATIONS = 120  # most that bisection alone needs; interpolation takes a tenth of it
 EPS = torch.finfo(torch.float64).eps
 
 
-def action_eigenvalue_range(some: TokenDistribution, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
-    """(lowest, highest) eigenvalue of f'' u u^T - f' S, (n,) float64 each, of a block of tokens.
+@dataclass(frozen=True, eq=False)
+class Brackets:
+    """What the two searches need of each token beside the poles, (n,) each."""
+
+    rho: Tensor
+    shift: Tensor
+    """(1 + rho) v_a."""
+    length: Tensor
+    """||u||^2."""
+    first: Tensor
+    second: Tensor
+    """The two largest p_i of the other coordinates."""
+
+    @property
+    def own_pole(self) -> Tensor:
+        """v_a; infinite at rho = -1, where its term of the equation is 1."""
+        return self.shift / (1 + self.rho)
+
+    @property
+    def below(self) -> Tensor:
+        """Where a negative eigenvalue of K is to be found."""
+        return (self.own_pole < 0) & (self.rho > -1)
+
+    @property
+    def above(self) -> Tensor:
+        """Where the action's pole is negative, or infinite, and the highest root lies above all poles."""
+        return self.rho <= -1
+
+    def lower(self) -> Tensor:
+        """The pole below the highest root."""
+        own = self.own_pole
+        between = torch.where(own >= self.first, self.first, torch.maximum(self.second, own))
+        return torch.where(self.above, self.first, between)
+
+
+def action_eigenvalue_range(logits: Tensor, actions: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    """(lowest, highest) eigenvalue of f'' u u^T - f' S, (N,) float64 each.
 
     Args:
-        d1, d2: f' and f'', (n,) float64.
+        logits: (N, V), finite. actions: (N,) integer.
+        d1, d2: f' and f'', (N,) float64.
     """
-    length = some.direction().square().sum(1)  # ||u||^2
     rho = torch.where(d1 == 0, 0.0, d2 / d1)
-    low, high = _range_of_k(some, rho, length)
+    if logits.shape[1] == 2:
+        pi, rest = _two(logits, actions)
+        # K is kappa [[1, -1], [-1, 1]], and u = (1 - pi) (1, -1).
+        only, length = 2 * (pi - rho * rest) * rest, 2 * rest.square()
+        low, high = only.clamp(max=0.0), only.clamp(min=0.0)
+    else:
+        found = [
+            (_lowest(poles, some), _highest(poles, some), some.length) for poles, some in _groups(logits, actions, rho)
+        ]
+        low, high, length = (torch.cat(part) for part in zip(*found, strict=True))
     ends = torch.stack([-d1 * low, -d1 * high])
     # Without f' what is left is f'' u u^T.
     ends = torch.where(d1 == 0, torch.stack([torch.zeros_like(d2), d2 * length]), ends)
     return ends.min(dim=0).values, ends.max(dim=0).values
 
 
-def _range_of_k(some: TokenDistribution, rho: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """(lowest, highest) eigenvalue of K = S - rho u u^T."""
-    actions = some.actions[:, None]
-    pi = some.probs.gather(1, actions).squeeze(1)
-    shift = pi - rho * some.complement  # (1 + rho) v_a
-    if some.probs.shape[1] == 2:
-        # K is kappa [[1, -1], [-1, 1]], and u = (1 - pi) (1, -1).
-        only = 2 * shift * some.complement
-        return only.clamp(max=0.0), only.clamp(min=0.0)
-    others = some.probs.scatter(1, actions, 0.0)  # a pole at 0 with weight 0: no term
-    top = others.topk(2, dim=1).values
-    return _lowest(others, shift, rho, length), _highest(others, shift, rho, length, top)
+def _two(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """(p_a, 1 - p_a) of a vocabulary of two, (N,) each."""
+    parts = [
+        (some.probs.gather(1, some.actions[:, None]), some.complement) for _, some in distributions(logits, actions)
+    ]
+    return torch.cat([pi for pi, _ in parts]).squeeze(1), torch.cat([rest for _, rest in parts])
 
 
-def _lowest(others: Tensor, shift: Tensor, rho: Tensor, length: Tensor) -> Tensor:
+def _groups(logits: Tensor, actions: Tensor, rho: Tensor) -> Iterator[tuple[Poles, Brackets]]:
+    """The tokens in order, as many at a time as keep their poles in the cache."""
+    held: list[tuple[Poles, Brackets]] = []
+    most = block_elements(logits.device)
+    for rows, some in distributions(logits, actions):
+        new = _summary(some, rho[rows])
+        width = max([new[0].head.shape[1], *(poles.head.shape[1] for poles, _ in held)])
+        if held and width * sum(len(part.rho) for _, part in [*held, new]) > most:
+            yield _joined(held)
+            held = []
+        held.append(new)
+    yield _joined(held)
+
+
+def _joined(held: list[tuple[Poles, Brackets]]) -> tuple[Poles, Brackets]:
+    columns = {f.name: torch.cat([getattr(part, f.name) for _, part in held]) for f in fields(Brackets)}
+    return stacked_poles([poles for poles, _ in held]), Brackets(**columns)
+
+
+def _summary(some: TokenDistribution, rho: Tensor) -> tuple[Poles, Brackets]:
+    """Overwrites the probabilities: a copy would cost as much as everything else here."""
+    chosen = some.actions[:, None]
+    pi = some.probs.gather(1, chosen).squeeze(1)
+    others = some.probs.scatter_(1, chosen, 0.0)  # a pole at 0 with weight 0: no term
+    first, where = others.max(dim=1, keepdim=True)
+    second = others.scatter_(1, where, 0.0).amax(1)
+    others.scatter_(1, where, first)
+    length = others.square().sum(1) + some.complement.square()
+    brackets = Brackets(rho, pi - rho * some.complement, length, first.squeeze(1), second)
+    nearest = torch.where(brackets.below, torch.minimum(brackets.lower(), -brackets.own_pole), brackets.lower())
+    return gathered_poles(others, nearest), brackets
+
+
+def _lowest(poles: Poles, some: Brackets) -> Tensor:
     """0, or the root below the action's pole where that is negative: y = -s, q / (s - q) = sum_i p_i / (p_i + s)."""
-    own_pole = shift / (1 + rho)
-    below = (own_pole < 0) & (rho > -1)
-    if not below.any():
-        return torch.zeros_like(own_pole)
-    poles, q, total = others[below], -own_pole[below], 1 / (1 + rho[below])
+    found = torch.zeros_like(some.rho)
+    below = some.below.nonzero().squeeze(1)
+    if len(below) == 0:
+        return found
+    poles = poles.rows(below)
+    q, total = -some.own_pole[below], 1 / (1 + some.rho[below])
     far = q > total
-    # Both forms are the same function: sum_i p_i (s - q) / (p_i + s) - q = total - sum_i p_i (p_i + q) / (p_i + s).
-    weights = torch.where(far[:, None], poles + q[:, None], 1.0) * poles
+    any_far = bool(far.any())
 
     def secular(s: Tensor) -> Tensor:
-        terms = (weights / (poles + s[:, None])).sum(1)
-        return torch.where(far, total - terms, (s - q) * terms - q)
+        one, two = poles.sums(-s, any_far)
+        near = (s - q) * one - q
+        # The same function: sum_i p_i (s - q) / (p_i + s) - q = total - sum_i p_i (p_i + q) / (p_i + s).
+        return torch.where(far, total - (two + q * one), near) if any_far else near
 
-    most = (rho * length)[below]  # K >= -rho u u^T
-    found = torch.zeros_like(own_pole)
-    high = torch.maximum(most, q)
+    high = torch.maximum((some.rho * some.length)[below], q)  # K >= -rho u u^T
     found[below] = -_root(secular, (q, -q), (high, secular(high)))
     return found
 
 
-def _highest(others: Tensor, shift: Tensor, rho: Tensor, length: Tensor, top: Tensor) -> Tensor:
+def _highest(poles: Poles, some: Brackets) -> Tensor:
     """The root between the two largest poles; above them all where rho < -1."""
-    own_pole = shift / (1 + rho)  # infinite at rho = -1, where its term of the equation is 1
-    first, second = top.unbind(1)
-    above = rho <= -1  # the action's pole is negative, or infinite
-    own = torch.where(above, -torch.inf, own_pole)
-    largest = torch.maximum(first, own)
-    lower = torch.where(own >= first, first, torch.maximum(second, own))
-    lower = torch.where(above, first, lower)
-    bound = 0.5 + (-rho).clamp(min=0.0) * length  # K <= S + max(-rho, 0) u u^T, and no eigenvalue of S exceeds 1/2
+    above, lower, rho = some.above, some.lower(), some.rho
+    own = torch.where(above, -torch.inf, some.own_pole)
+    largest = torch.maximum(some.first, own)
+    bound = 0.5 + (-rho).clamp(min=0.0) * some.length  # K <= S + max(-rho, 0) u u^T; no eigenvalue of S exceeds 1/2
     pole_above = ~above & (largest <= bound)
     upper = torch.where(pole_above, largest, bound)
-    inverse = (1 + rho) / shift  # 1 / own_pole, 0 at rho = -1
-    far = above & (shift > 1)
-    weights = torch.where(far[:, None], 1 - others * inverse[:, None], 1.0) * others
+    inverse = (1 + rho) / some.shift  # 1 / v_a, 0 at rho = -1
+    far = above & (some.shift > 1)
+    any_far = bool(far.any())
 
     def secular(y: Tensor) -> Tensor:
-        terms = (weights / (others - y[:, None])).sum(1)
-        total = terms + torch.where(far, 1 / shift, 1 / (1 - y * inverse))
+        one, two = poles.sums(y, any_far)
+        total = one + 1 / (1 - y * inverse)
+        if any_far:
+            total = torch.where(far, one - inverse * two + 1 / some.shift, total)
         # Times the distances to the poles at both ends, which takes them away and leaves the sign.
         return total * (y - lower) * torch.where(pole_above, upper - y, 1.0)
 
     reach = torch.where(pole_above, upper - lower, 1.0)
-    mass = torch.where(others == lower[:, None], others, 0.0).sum(1) + torch.where(own == lower, own, 0.0)
+    mass = poles.mass_at(lower) + torch.where(own == lower, own, 0.0)
     at_upper = torch.where(pole_above, upper * reach, secular(bound))
     return torch.where(upper > lower, _root(secular, (lower, -mass * reach), (upper, at_upper)), lower)
 

@@ -4,5 +4,23 @@
 from lcogeom.objectives import surrogates, coupled, dppo, lco, teacher, expected, reppo, convexified  # noqa: F401, I001
 from lcogeom.objectives.action import ActionObjective, action_objective
 from lcogeom.objectives.base import Objective, TokenBatch, objective, objective_names
+from lcogeom.objectives import capo, clip_bounds, sage  # noqa: F401  (they fill the interventions' registry)
+from lcogeom.objectives.interventions import Choice, Guarded, Intervention, Verdict, intervention, intervention_names
+from lcogeom.objectives.last_layer import AdamState, LastLayer
 
-__all__ = ["ActionObjective", "Objective", "TokenBatch", "action_objective", "objective", "objective_names"]
+__all__ = [
+    "ActionObjective",
+    "AdamState",
+    "Choice",
+    "Guarded",
+    "Intervention",
+    "LastLayer",
+    "Objective",
+    "TokenBatch",
+    "Verdict",
+    "action_objective",
+    "intervention",
+    "intervention_names",
+    "objective",
+    "objective_names",
+]

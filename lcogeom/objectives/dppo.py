@@ -117,7 +117,7 @@ class DivergenceMasked(Objective):
         require_finite_logits(logits, batch)
         batch.require(self.name, "advantages", "old_logprobs", "old_logits")
         batch.require_vocabulary(logits.shape[1])
-        rows = blocks(*logits.shape)
+        rows = blocks(logits.shape, logits.device)
         return batch.masked(torch.cat([self.keep(logits[some].detach().double(), batch[some]) for some in rows]))
 
 

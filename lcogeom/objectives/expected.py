@@ -51,7 +51,7 @@ class ExpectedObjective(Objective):
         self._require(logits, batch)
         keep = batch.kept(torch.ones(len(batch), dtype=torch.float64, device=logits.device))
         result = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
-        for rows in blocks(*logits.shape):
+        for rows in blocks(logits.shape, logits.device):
             z = logits[rows].detach().double()
             p = torch.softmax(z, dim=1)
             result[rows] = keep[rows, None] * p * centred(p, p.argmax(dim=1, keepdim=True), self._inner(z, batch[rows]))

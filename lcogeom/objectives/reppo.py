@@ -67,7 +67,7 @@ class Reppo(Objective):
         near = torch.cat(
             [
                 forward_kl(to="rollout").loss(logits[rows].detach().double(), plain[rows])
-                for rows in blocks(*logits.shape)
+                for rows in blocks(logits.shape, logits.device)
             ]
         )
         near = near < self.bound

@@ -38,7 +38,7 @@ class TargetObjective(Objective):
         self._require(logits, batch)
         weight = self._kept_weight(batch)
         result = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
-        for rows in blocks(*logits.shape):
+        for rows in blocks(logits.shape, logits.device):
             z = logits[rows].detach().double()
             result[rows] = weight[rows, None] * (torch.softmax(z, dim=1) - self.log_target(z, batch[rows]).exp())
         return result

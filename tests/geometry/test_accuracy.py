@@ -67,6 +67,10 @@ def test_relative_accuracy_at_any_saturation(gap: float, action: int) -> None:
     unit = 2.0**-52 * (4 + gap)
     for name in ("direction", "logprobs", "odds"):
         assert worst[name] < unit, name
-    for name in ("diagonal", "dense", "quadratic"):
-        assert worst[name] < 20 * unit, name
+    for name in (
+        "diagonal",
+        "dense",
+        "quadratic",
+    ):  # dense: p_i w_j against p_i p_j sum(w), 1 / (1 - p_a) of the result
+        assert worst[name] < (60 if name == "dense" else 20) * unit, name
     assert worst["product"] < 1e-10  # entries may cancel truly, where x_j is close to the mean of x

@@ -6,6 +6,7 @@ import mpmath
 import pytest
 import torch
 
+import lcogeom as lg
 from lcogeom.geometry.hessian import action_hessian
 from tests.cases import CASES, Case
 from tests.geometry.test_inertia import MODERATE, rounding_scale
@@ -164,3 +165,25 @@ def test_every_objective_certified(name: str, logits: str, device: torch.device)
         with mpmath.workdps(200):
             for n in range(len(batch)):
                 certify(H, n)
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_power_sums_change_nothing(rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long-tailed tokens whose far poles enter through their power sums: the ends stay, to rounding.
+
+    The oracle is the same equation with every pole by itself, which the tests above certify.
+    """
+    rng = torch.Generator().manual_seed(11)
+    for vocab, slope in ((64, 30.0), (500, 12.0), (531, 1.0), (1000, 300.0)):
+        logits = -slope * torch.rand(40, vocab, generator=rng, dtype=torch.float64).square()
+        logits[20:, 0] += slope
+        actions = torch.randint(vocab, (40,), generator=rng)
+        actions[::4] = 0
+        d1 = -0.2 - torch.rand(40, generator=rng, dtype=torch.float64)
+        H = action_hessian(logits, actions, d1, rho * d1)
+        plain = H.eigenvalue_range()
+        with monkeypatch.context() as patch:
+            patch.setattr("lcogeom.geometry.poles.WORTHWHILE", 3)
+            sorted_out = H.eigenvalue_range()
+        for one, other in zip(plain, sorted_out, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-14, atol=0)

@@ -1,0 +1,32 @@
+"""The benchmarks run, small; and what they measure errors against is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "analysis" / "benchmarks"
+
+
+def test_logit_hessian(tmp_path: Path) -> None:
+    out = tmp_path / "quick.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "logit_hessian.py"), "--quick", "--out", str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert len(results["rows"]) == 3
+    for row in results["rows"]:
+        for method, found in row["methods"].items():
+            assert min(found["seconds_per_token"]) > 0
+            for end in ("lowest", "highest"):
+                if method == "autograd" and (row["objective"], end) == ("sft", "lowest"):
+                    assert found[end]["missing"] == found[end]["of"]  # an end at 0, which ARPACK does not find
+                else:
+                    # 16 rounding units for ours; ARPACK is accurate relative to the larger end only
+                    assert found[end]["error"] < (4e-15 if method.startswith("ours") else 1e-10)
+    assert results["memory"]["extra"] > 0
+    assert str(Path.home()) not in out.read_text()
