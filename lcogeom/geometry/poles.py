@@ -13,7 +13,7 @@ from torch import Tensor
 
 REACH = 512.0
 ORDER = 6
-CHUNK = 32
+CHUNK = 16
 WORTHWHILE = 4096  # coordinates from which, on a CPU, sorting them out costs less than carrying them along
 
 
@@ -70,15 +70,16 @@ def _sorted_out(values: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """(the poles above `unit` (K,), the power sums of the rest (ORDER,)) of one token. Overwrites `values`, (V,)."""
     whole = len(values) // CHUNK * CHUNK
     table, rest = values[:whole].view(-1, CHUNK), values[whole:].clone()
-    some = (table.amax(1) > unit).nonzero().squeeze(1)
-    picked = table[some]  # comparing every value would cost more than all power sums
-    inside = picked > unit
-    table[some] = picked.masked_fill(inside, 0.0)
-    one = values[:whole].mul_(1 / unit)
+    # Comparing every value would cost more than all power sums.
+    picked = table.index_select(0, (table.amax(1) > unit).nonzero().squeeze(1))
+    head = picked[picked > unit]
+    one = values[:whole].mul_(1 / unit).clamp_(max=1.0)
     two = one * one
     three = two * one
     pairs = ((one, one), (one, two), (two, two), (two, three), (three, three))
-    return torch.cat([picked[inside], rest]), torch.stack([one.sum(), *(torch.dot(a, b) for a, b in pairs)])
+    powers = torch.stack([one.sum(), *(torch.dot(a, b) for a, b in pairs)])
+    # Clamping left a 1 of each pole of the head, whose own terms are larger than what rounds here.
+    return torch.cat([head, rest]), powers - len(head)
 
 
 def stacked_poles(parts: list[Poles]) -> Poles:

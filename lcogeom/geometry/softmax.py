@@ -50,14 +50,17 @@ def token_distribution(logits: Tensor, actions: Tensor) -> TokenDistribution:
         actions: (N,) integer, each in [0, V).
     """
     actions = actions.long()
-    weights, chosen, others, logprobs = _weights(logits, actions)
+    weights, chosen, others, logprobs = split_softmax(logits, actions)
     scale = 1 / (others + chosen)
     probs = weights.scatter_(1, actions[:, None], chosen).mul_(scale)
     return TokenDistribution(probs, actions, logprobs, (others * scale).squeeze(1))
 
 
-def _weights(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(exp(z - max z) with 0 at the action (N, V), that of the action (N, 1), sum of the others (N, 1), l (N,))."""
+def split_softmax(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(exp(z - max z) with 0 at the action (N, V), that of the action (N, 1), sum of the others (N, 1), l (N,)).
+
+    All float64 and the caller's own. actions: (N,) int64.
+    """
     z = logits.detach().to(torch.float64, copy=True)
     top = z.amax(dim=1, keepdim=True)
     log_chosen = z.gather(1, actions[:, None]) - top
@@ -93,13 +96,14 @@ def distributions(logits: Tensor, actions: Tensor) -> Iterator[tuple[slice, Toke
 def action_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     """log p_a, (N,) float64, from logits (N, V) of any floating dtype, without a copy of them."""
     actions = actions.long()
-    return torch.cat([_weights(logits[rows], actions[rows])[3] for rows in blocks(logits.shape, logits.device)])
+    return torch.cat([split_softmax(logits[rows], actions[rows])[3] for rows in blocks(logits.shape, logits.device)])
 
 
 def require_finite(logits: Tensor) -> None:
     """Raise ValueError naming the first token whose logits hold NaN or an infinity."""
     # One sum sees every NaN and infinity; one that overflowed is looked at again.
-    suspect = ~torch.isfinite(logits.detach().sum(dim=1, dtype=torch.float64))
+    sums = [logits[rows].detach().sum(dim=1, dtype=torch.float64) for rows in blocks(logits.shape, logits.device)]
+    suspect = ~torch.isfinite(torch.cat(sums))
     if not suspect.any():
         return
     broken = suspect.clone()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.poles import Poles, gathered_poles, stacked_poles
-from lcogeom.geometry.softmax import TokenDistribution, block_elements, distributions
+from lcogeom.geometry.softmax import block_elements, blocks, distributions, split_softmax
 
 EVALUATIONS = 120  # most that bisection alone needs; interpolation takes a tenth of it
 EPS = torch.finfo(torch.float64).eps
@@ -40,7 +40,7 @@ class Brackets:
     shift: Tensor
     """(1 + rho) v_a."""
     length: Tensor
-    """||u||^2."""
+    """2 (1 - pi)^2 >= ||u||^2, which costs a pass over the vocabulary less."""
     first: Tensor
     second: Tensor
     """The two largest p_i of the other coordinates."""
@@ -71,23 +71,24 @@ def action_eigenvalue_range(logits: Tensor, actions: Tensor, d1: Tensor, d2: Ten
     """(lowest, highest) eigenvalue of f'' u u^T - f' S, (N,) float64 each.
 
     Args:
-        logits: (N, V), finite. actions: (N,) integer.
+        logits: (N, V), finite.
+        actions: (N,) int64.
         d1, d2: f' and f'', (N,) float64.
     """
     rho = torch.where(d1 == 0, 0.0, d2 / d1)
     if logits.shape[1] == 2:
         pi, rest = _two(logits, actions)
         # K is kappa [[1, -1], [-1, 1]], and u = (1 - pi) (1, -1).
-        only, length = 2 * (pi - rho * rest) * rest, 2 * rest.square()
+        only = 2 * (pi - rho * rest) * rest
         low, high = only.clamp(max=0.0), only.clamp(min=0.0)
     else:
-        found = [
-            (_lowest(poles, some), _highest(poles, some), some.length) for poles, some in _groups(logits, actions, rho)
-        ]
-        low, high, length = (torch.cat(part) for part in zip(*found, strict=True))
+        found = [(_lowest(poles, some), _highest(poles, some)) for poles, some in _groups(logits, actions, rho)]
+        low, high = (torch.cat(part) for part in zip(*found, strict=True))
     ends = torch.stack([-d1 * low, -d1 * high])
-    # Without f' what is left is f'' u u^T.
-    ends = torch.where(d1 == 0, torch.stack([torch.zeros_like(d2), d2 * length]), ends)
+    bare = ((d1 == 0) & (d2 != 0)).nonzero().squeeze(1)  # without f' what is left is f'' u u^T
+    if len(bare):
+        lengths = [some.direction().square().sum(1) for _, some in distributions(logits[bare], actions[bare])]
+        ends[:, bare] = torch.stack([torch.zeros_like(d2[bare]), d2[bare] * torch.cat(lengths)])
     return ends.min(dim=0).values, ends.max(dim=0).values
 
 
@@ -103,8 +104,8 @@ def _groups(logits: Tensor, actions: Tensor, rho: Tensor) -> Iterator[tuple[Pole
     """The tokens in order, as many at a time as keep their poles in the cache."""
     held: list[tuple[Poles, Brackets]] = []
     most = block_elements(logits.device)
-    for rows, some in distributions(logits, actions):
-        new = _summary(some, rho[rows])
+    for rows in blocks(logits.shape, logits.device):
+        new = _summary(logits[rows], actions[rows], rho[rows])
         width = max([new[0].head.shape[1], *(poles.head.shape[1] for poles, _ in held)])
         if held and width * sum(len(part.rho) for _, part in [*held, new]) > most:
             yield _joined(held)
@@ -118,16 +119,15 @@ def _joined(held: list[tuple[Poles, Brackets]]) -> tuple[Poles, Brackets]:
     return stacked_poles([poles for poles, _ in held]), Brackets(**columns)
 
 
-def _summary(some: TokenDistribution, rho: Tensor) -> tuple[Poles, Brackets]:
-    """Overwrites the probabilities: a copy would cost as much as everything else here."""
-    chosen = some.actions[:, None]
-    pi = some.probs.gather(1, chosen).squeeze(1)
-    others = some.probs.scatter_(1, chosen, 0.0)  # a pole at 0 with weight 0: no term
+def _summary(logits: Tensor, actions: Tensor, rho: Tensor) -> tuple[Poles, Brackets]:
+    weights, chosen, rest, _ = split_softmax(logits, actions)
+    scale = 1 / (chosen + rest)
+    others = weights.mul_(scale)  # at the action a pole at 0 with weight 0: no term
+    pi, complement = (chosen * scale).squeeze(1), (rest * scale).squeeze(1)
     first, where = others.max(dim=1, keepdim=True)
     second = others.scatter_(1, where, 0.0).amax(1)
     others.scatter_(1, where, first)
-    length = others.square().sum(1) + some.complement.square()
-    brackets = Brackets(rho, pi - rho * some.complement, length, first.squeeze(1), second)
+    brackets = Brackets(rho, pi - rho * complement, 2 * complement.square(), first.squeeze(1), second)
     nearest = torch.where(brackets.below, torch.minimum(brackets.lower(), -brackets.own_pole), brackets.lower())
     return gathered_poles(others, nearest), brackets
 
