@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install reproduce test test-slow lint
+.PHONY: install reproduce benchmark test test-slow lint
 
 install: $(VENV)/installed
 
@@ -36,6 +36,9 @@ reproduce: install
 	$(BIN)/python figures/stability.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python figures/convexity.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python analysis/stability.py $(RUNS)/tiny $(RUNS)/smollm2
+
+benchmark: install
+	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py
 
 test: install
 	$(BIN)/python -m pytest -q

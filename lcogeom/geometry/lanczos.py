@@ -43,7 +43,7 @@ def batched_lanczos(
         if done or step == steps - 1:
             break
         betas.append(beta)
-        basis.append(torch.where(beta[:, None] > 0, product / beta.clamp(min=1e-300)[:, None], _fresh(held, step)))
+        basis.append(torch.where(beta[:, None] > 0, product / beta.clamp(min=1e-300)[:, None], _fresh(held, step + 1)))
     vectors = torch.einsum("nkv,nke->nev", held, shapes[:, :, [0, -1]])
     return values[:, [0, -1]], vectors / vectors.norm(dim=2, keepdim=True), residuals
 
@@ -59,7 +59,7 @@ def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _fresh(held: Tensor, seed: int) -> Tensor:
-    """Unit vectors orthogonal to the basis, where it spans an invariant space."""
+    """Unit vectors orthogonal to the basis, where it spans an invariant space. seed: not that of the start."""
     rng = torch.Generator().manual_seed(seed)
     vector = torch.randn(held[:, 0].shape, generator=rng, dtype=held.dtype).to(held.device)
     for _ in range(2):

@@ -1,7 +1,7 @@
 """sum_i p_i / (p_i - y) over many small p_i: the likely tokens one by one, all others through their power sums.
 
 For p <= y / REACH the geometric series p / (p - y) = -sum_k (p / y)^k, cut after ORDER terms, is exact to
-REACH^-ORDER = 6e-17 of its first term.
+REACH^-ORDER = 1e-17 of its first term.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REACH = 512.0
-ORDER = 6
+REACH = 128.0
+ORDER = 8
 CHUNK = 16
 WORTHWHILE = 4096  # coordinates from which, on a CPU, sorting them out costs less than carrying them along
 
@@ -75,8 +75,8 @@ def _sorted_out(values: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     head = picked[picked > unit]
     one = values[:whole].mul_(1 / unit).clamp_(max=1.0)
     two = one * one
-    three = two * one
-    pairs = ((one, one), (one, two), (two, two), (two, three), (three, three))
+    three, four = two * one, two * two
+    pairs = ((one, one), (one, two), (two, two), (two, three), (three, three), (three, four), (four, four))
     powers = torch.stack([one.sum(), *(torch.dot(a, b) for a, b in pairs)])
     # Clamping left a 1 of each pole of the head, whose own terms are larger than what rounds here.
     return torch.cat([head, rest]), powers - len(head)
