@@ -358,3 +358,17 @@ def usable(name: str, case: Case) -> bool:
         return False
     # DPPO's mask jumps where r = 1: rounding decides there, and decides differently in two formulas.
     return not (name.startswith("dppo") and (case.log_ratio == 0 or case.logits == "saturated"))
+
+
+CORE = ("sft", "reinforce", "ppo", "ppo-unclipped", "lco-kld", "lco-mse", "lco-lch", "own-hinge")
+
+
+def pairs_and_cases(cases: list[Case]) -> list[tuple[str, Case]]:
+    """(name, case): every case for the core objectives; for the others all logits at two advantages and ratios,
+    with V = 400 at one of them."""
+    some = ((2.0, 0.1), (-2.0, -0.5))
+    chosen = [case for case in cases if (case.advantage, case.log_ratio) in some[: 1 if case.vocab == 400 else 2]]
+    narrow = [case for case in cases if case.dtype != torch.float64]
+    return [
+        (name, case) for name in PAIRS for case in (cases if name in CORE else chosen + narrow) if usable(name, case)
+    ]

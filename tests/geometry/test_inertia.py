@@ -10,7 +10,7 @@ from lcogeom.geometry.convexity import forward_kl_needed, negative_count, odds_a
 from lcogeom.geometry.hessian import action_hessian
 from lcogeom.geometry.softmax import token_distribution
 from tests.cases import CASES, Case
-from tests.oracles import PAIRS, built, derivatives, usable
+from tests.oracles import PAIRS, built, derivatives, pairs_and_cases
 
 # eigvalsh decides a sign only for eigenvalues well above its rounding: moderate cases (design.md, section 5).
 MODERATE = [
@@ -32,11 +32,8 @@ def rounding_scale(objective: lg.Objective, logits: torch.Tensor, batch: lg.Toke
     return d1.abs() + d2.abs()
 
 
-@pytest.mark.parametrize("case", MODERATE, ids=str)
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("name", "case"), pairs_and_cases(MODERATE), ids=str)
 def test_negative_count_equals_eigvalsh(name: str, case: Case, device: torch.device) -> None:
-    if not usable(name, case):
-        return
     objective, oracle = PAIRS[name]
     logits, batch = built(name, case, device)
     _, _, hessian = derivatives(oracle, logits, batch)

@@ -10,13 +10,12 @@ import lcogeom as lg
 from lcogeom.geometry.hessian import action_hessian
 from tests.cases import CASES, Case
 from tests.geometry.test_inertia import MODERATE, rounding_scale
-from tests.oracles import PAIRS, built, usable
+from tests.oracles import PAIRS, built, pairs_and_cases, usable
 
 RHOS = [0.0, 1.0, -0.3, -0.999, -1.0, -1.001, -2.5, 30.0, 0.37]  # f'' / f'
 
 
-@pytest.mark.parametrize("case", MODERATE, ids=str)
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("name", "case"), pairs_and_cases(MODERATE), ids=str)
 def test_equals_eigvalsh(name: str, case: Case, device: torch.device) -> None:
     objective, _ = PAIRS[name]
     logits, batch = built(name, case, device)
