@@ -102,15 +102,18 @@ class LogitHessian:
     def quadratic(self, x: Tensor) -> Tensor:
         """x^T H x, (N,) float64. x: (N, V)."""
         self._require_like(x)
-        return torch.cat([block.quadratic(x[rows].double()) for rows, block in self._blocks()])
+        return self._filled(lambda rows, block: block.quadratic(x[rows].double()))
 
     def diagonal(self) -> Tensor:
         """The diagonals, (N, V) float64."""
-        return torch.cat([block.diagonal() for _, block in self._blocks()])
+        result = torch.empty(self.logits.shape, dtype=torch.float64, device=self.logits.device)
+        for rows, block in self._blocks():
+            result[rows] = block.diagonal()
+        return result
 
     def trace(self) -> Tensor:
         """Sum of the eigenvalues, (N,) float64."""
-        return torch.cat([block.diagonal().sum(1) for _, block in self._blocks()])
+        return self._filled(lambda _, block: block.diagonal().sum(1))
 
     def dense(self) -> Tensor:
         """The matrices themselves, (N, V, V) float64, symmetric.
@@ -125,11 +128,13 @@ class LogitHessian:
     def negative_count(self) -> Tensor:
         """Number of negative eigenvalues, (N,) int64, exact."""
         if self._is_action:
-            odds = torch.cat([some.odds_against() for _, some in distributions(self.logits, self.actions)])
+            odds = torch.empty_like(self.fisher)
+            for rows, some in distributions(self.logits, self.actions):
+                odds[rows] = some.odds_against()
             return negative_count(-self.fisher, self.action, odds, self.shape[1])
         if self._is_diagonal:
             return torch.cat([(block < 0).sum(1) for block in self._ridges()])
-        return torch.cat([block.negative_count() for _, block in self._blocks()])
+        return self._filled(lambda _, block: block.negative_count()).long()
 
     def eigenvalue_range(self) -> tuple[Tensor, Tensor]:
         """(lowest, highest) eigenvalue, (N,) float64 each, exact to rounding.
@@ -140,9 +145,11 @@ class LogitHessian:
             return action_eigenvalue_range(self.logits, self.actions, -self.fisher, self.action)
         if self._is_diagonal:
             ends = [(block.min(dim=1).values, block.max(dim=1).values) for block in self._ridges()]
-        else:
-            ends = [(block.lowest(), -block.negated().lowest()) for _, block in self._blocks()]
-        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+            return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+        low, high = torch.empty_like(self.fisher), torch.empty_like(self.fisher)
+        for rows, block in self._blocks():
+            low[rows], high[rows] = block.lowest(), -block.negated().lowest()
+        return low, high
 
     def extreme_eigenvectors(self) -> ExtremeEigenvectors:
         """Both extreme eigenpairs, by inverse iteration at the eigenvalues of `eigenvalue_range`; see `residuals`."""
@@ -189,6 +196,13 @@ class LogitHessian:
             return None
         ids, values = self.ridge[0][rows], self.ridge[1][rows].double()
         return values.new_zeros(len(ids), self.shape[1]).scatter_add_(1, ids, values)
+
+    def _filled(self, function: Callable[[slice, ProjectedDiagonal], Tensor]) -> Tensor:
+        """One number per token, (N,) float64, block by block."""
+        result = torch.empty_like(self.fisher)
+        for rows, block in self._blocks():
+            result[rows] = function(rows, block).double()
+        return result
 
     def _blocks(self) -> Iterator[tuple[slice, ProjectedDiagonal]]:
         for rows in blocks(self.logits.shape, self.logits.device):

@@ -96,14 +96,21 @@ def distributions(logits: Tensor, actions: Tensor) -> Iterator[tuple[slice, Toke
 def action_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     """log p_a, (N,) float64, from logits (N, V) of any floating dtype, without a copy of them."""
     actions = actions.long()
-    return torch.cat([split_softmax(logits[rows], actions[rows])[3] for rows in blocks(logits.shape, logits.device)])
+    # Filled in place, here and wherever blocks are worked through: results that outlive a block would lie between the
+    # large temporaries and keep the allocator from giving their memory to the next block.
+    result = torch.empty(len(actions), dtype=torch.float64, device=logits.device)
+    for rows in blocks(logits.shape, logits.device):
+        result[rows] = split_softmax(logits[rows], actions[rows])[3]
+    return result
 
 
 def require_finite(logits: Tensor) -> None:
     """Raise ValueError naming the first token whose logits hold NaN or an infinity."""
     # One sum sees every NaN and infinity; one that overflowed is looked at again.
-    sums = [logits[rows].detach().sum(dim=1, dtype=torch.float64) for rows in blocks(logits.shape, logits.device)]
-    suspect = ~torch.isfinite(torch.cat(sums))
+    sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for rows in blocks(logits.shape, logits.device):
+        sums[rows] = logits[rows].detach().sum(dim=1, dtype=torch.float64)
+    suspect = ~torch.isfinite(sums)
     if not suspect.any():
         return
     broken = suspect.clone()
