@@ -119,3 +119,20 @@ def test_forward_kl_needed_is_the_smallest(device: torch.device) -> None:
     assert needed.any()
     below = torch.linalg.eigvalsh(plain + 0.99 * k[:, None, None] * fisher)[:, 0]
     assert (below[needed] < -1e-9).all()
+
+
+@pytest.mark.parametrize("advantages", [(1.0, -1.0, 0.0, 0.0), (1.0, 1.0, -2.0, 0.0), (-1.0, 0.0, 1.0, 0.0)])
+def test_an_advantage_that_is_exactly_the_mean(advantages: tuple[float, ...], device: torch.device) -> None:
+    """Flat p and advantages of mean 0: some of the weights w are exactly 0, +0 for H and -0 for -H."""
+    batch = lg.TokenBatch(
+        torch.zeros(1, dtype=torch.long, device=device),
+        torch.tensor([advantages], dtype=torch.float64, device=device),
+        advantage_ids=torch.arange(4, device=device)[None],
+    )
+    for sign in (1.0, -1.0):
+        objective = sign * lg.objective("expected-advantage")
+        H = objective.hessian(torch.zeros(1, 4, dtype=torch.float64, device=device), batch)
+        values = torch.linalg.eigvalsh(H.dense())[0]
+        assert H.negative_count().item() == int((values < -1e-12).sum())
+        low, high = H.eigenvalue_range()
+        torch.testing.assert_close(torch.cat([low, high]), values[[0, -1]], rtol=1e-12, atol=1e-15)
