@@ -16,6 +16,9 @@ ORDER = 8
 CHUNK = 16
 WORTHWHILE = 4096  # coordinates from which, on a CPU, sorting them out costs less than carrying them along
 
+Columns = tuple[Tensor, Tensor, Tensor]
+"""Rows (n, V) as tables (n, CHUNK, V // CHUNK), the largest of each column (n, V // CHUNK), and what is left over."""
+
 
 @dataclass(frozen=True, eq=False)
 class Poles:
@@ -56,30 +59,62 @@ class Poles:
         return torch.where(self.head == pole[:, None], self.head, 0.0).sum(1)
 
 
-def gathered_poles(values: Tensor, nearest: Tensor) -> Poles:
-    """The poles `values`, (n, V) >= 0, for evaluations at |y| >= `nearest`, (n,) only. Overwrites `values`."""
-    unit = (nearest / REACH).clamp(min=1e-300)
+def sorted_columns(values: Tensor) -> Columns | None:
+    """The rows of `values`, (n, V), by columns; None where these are not worth while."""
     if values.shape[1] < WORTHWHILE or values.device.type != "cpu":
-        return Poles(values, unit, values.new_zeros(len(values), ORDER))
-    parts = [_sorted_out(row, bound) for row, bound in zip(values, unit.tolist(), strict=True)]
-    heads = torch.nn.utils.rnn.pad_sequence([head for head, _ in parts], batch_first=True)
-    return Poles(heads, unit, torch.stack([powers for _, powers in parts]))
+        return None
+    width = values.shape[1] // CHUNK
+    table = values[:, : CHUNK * width].view(len(values), CHUNK, width)
+    return table, table.amax(1), values[:, CHUNK * width :]
 
 
-def _sorted_out(values: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """(the poles above `unit` (K,), the power sums of the rest (ORDER,)) of one token. Overwrites `values`, (V,)."""
-    whole = len(values) // CHUNK * CHUNK
-    table, rest = values[:whole].view(-1, CHUNK), values[whole:].clone()
-    # Comparing every value would cost more than all power sums.
-    picked = table.index_select(0, (table.amax(1) > unit).nonzero().squeeze(1))
-    head = picked[picked > unit]
-    one = values[:whole].mul_(1 / unit).clamp_(max=1.0)
-    two = one * one
-    three, four = two * one, two * two
-    pairs = ((one, one), (one, two), (two, two), (two, three), (three, three), (three, four), (four, four))
-    powers = torch.stack([one.sum(), *(torch.dot(a, b) for a, b in pairs)])
-    # Clamping left a 1 of each pole of the head, whose own terms are larger than what rounds here.
-    return torch.cat([head, rest]), powers - len(head)
+def two_largest(values: Tensor, columns: Columns | None) -> Tensor:
+    """The two largest of each row of (n, V), (n, 2), in falling order."""
+    if columns is None:
+        return values.topk(2, dim=1).values
+    table, tops, rest = columns
+    where = tops.topk(2, dim=1).indices  # the columns that hold them
+    kept = table.gather(2, where[:, None].expand(-1, CHUNK, -1)).flatten(1)
+    return torch.cat([kept, rest], dim=1).topk(2, dim=1).values
+
+
+def gathered_poles(values: Tensor, columns: Columns | None, scale: Tensor, nearest: Tensor) -> Poles:
+    """The poles values * scale, for evaluations at |y| >= nearest only.
+
+    Args:
+        values: (n, V) >= 0, overwritten.
+        columns: `sorted_columns` of them.
+        scale: (n, 1).
+        nearest: (n,).
+    """
+    unit = (nearest / REACH).clamp(min=1e-300)
+    if columns is None:
+        return Poles(values.mul_(scale), unit, values.new_zeros(len(values), ORDER))
+    table, tops, rest = columns
+    least = unit[:, None] / scale
+    large = tops > least  # comparing every value would cost more than all power sums
+    heads, powers = [], []
+    for row, bound in enumerate(least.squeeze(1).tolist()):
+        ids = large[row].nonzero().squeeze(1)
+        picked = table[row].index_select(1, ids)
+        taken = picked > bound
+        heads.append(torch.cat([picked[taken], rest[row]]))
+        table[row].index_copy_(1, ids, picked.masked_fill_(taken, 0.0))
+        rest[row].zero_()
+        powers.append(_power_sums(values[row].mul_(1 / bound)))
+    head = torch.nn.utils.rnn.pad_sequence(heads, batch_first=True)
+    return Poles(head.mul_(scale), unit, torch.stack(powers))
+
+
+def _power_sums(x: Tensor) -> Tensor:
+    """sum x^k for k = 1 .. ORDER, (ORDER,). x: (V,), overwritten."""
+    # Two arrays at a time: more would not stay in the cache.
+    y = x * x
+    sums = [x.sum(), x.dot(x), x.dot(y), y.dot(y)]
+    x.mul_(y)
+    sums += [x.dot(y), x.dot(x)]
+    y.mul_(y)
+    return torch.stack([*sums, x.dot(y), y.dot(y)])
 
 
 def stacked_poles(parts: list[Poles]) -> Poles:

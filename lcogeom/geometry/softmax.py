@@ -50,28 +50,32 @@ def token_distribution(logits: Tensor, actions: Tensor) -> TokenDistribution:
         actions: (N,) integer, each in [0, V).
     """
     actions = actions.long()
-    weights, chosen, others, logprobs = split_softmax(logits, actions)
+    weights, chosen, others, gap = split_softmax(logits, actions)
     scale = 1 / (others + chosen)
     probs = weights.scatter_(1, actions[:, None], chosen).mul_(scale)
-    return TokenDistribution(probs, actions, logprobs, (others * scale).squeeze(1))
+    return TokenDistribution(probs, actions, _logprobs(chosen, others, gap).squeeze(1), (others * scale).squeeze(1))
 
 
 def split_softmax(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(exp(z - max z) with 0 at the action (N, V), that of the action (N, 1), sum of the others (N, 1), l (N,)).
+    """(exp(z - max z) with 0 at the action (N, V), that of the action, sum of the others, z_a - max z; (N, 1) each).
 
     All float64 and the caller's own. actions: (N,) int64.
     """
+    top = logits.detach().amax(dim=1, keepdim=True).double()
     z = logits.detach().to(torch.float64, copy=True)
-    top = z.amax(dim=1, keepdim=True)
-    log_chosen = z.gather(1, actions[:, None]) - top
-    weights = z.sub_(top).exp_()  # in place: fresh memory costs as much as the arithmetic
-    chosen = weights.gather(1, actions[:, None])
+    weights = z.sub_(top)
+    gap = weights.gather(1, actions[:, None])
+    weights.exp_()  # in place: fresh memory costs as much as the arithmetic
     others = weights.scatter_(1, actions[:, None], 0.0).sum(1, keepdim=True)
+    return weights, gap.exp(), others, gap
+
+
+def _logprobs(chosen: Tensor, others: Tensor, gap: Tensor) -> Tensor:
+    """log p_a from what `split_softmax` gives."""
     total = others + chosen
     complement = others / total
     # Near p_a = 1 the difference of logits cancels; log1p of the complement does not.
-    logprobs = torch.where(complement < 0.5, torch.log1p(-complement), log_chosen - total.log())
-    return weights, chosen, others, logprobs.squeeze(1)
+    return torch.where(complement < 0.5, torch.log1p(-complement), gap - total.log())
 
 
 def block_elements(device: torch.device) -> int:
@@ -79,10 +83,13 @@ def block_elements(device: torch.device) -> int:
     return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
-def blocks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
-    """Rows of a matrix (rows, width) to be worked on together: they stay in the cache, and memory stays bounded."""
+def blocks(shape: Sequence[int], device: torch.device, times: int = 1) -> Iterator[slice]:
+    """Rows of a matrix (rows, width) to be worked on together: they stay in the cache, and memory stays bounded.
+
+    times: where little else is held, how many times as many.
+    """
     rows, width = shape
-    step = max(1, block_elements(device) // width)
+    step = max(1, times * block_elements(device) // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -98,18 +105,17 @@ def action_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     actions = actions.long()
     # Filled in place, here and wherever blocks are worked through: results that outlive a block would lie between the
     # large temporaries and keep the allocator from giving their memory to the next block.
-    result = torch.empty(len(actions), dtype=torch.float64, device=logits.device)
+    chosen, others, gap = torch.empty(3, len(actions), 1, dtype=torch.float64, device=logits.device)
     for rows in blocks(logits.shape, logits.device):
-        result[rows] = split_softmax(logits[rows], actions[rows])[3]
-    return result
+        _, chosen[rows], others[rows], gap[rows] = split_softmax(logits[rows], actions[rows])
+    return _logprobs(chosen, others, gap).squeeze(1)
 
 
 def require_finite(logits: Tensor) -> None:
     """Raise ValueError naming the first token whose logits hold NaN or an infinity."""
     # One sum sees every NaN and infinity; one that overflowed is looked at again.
-    sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-    for rows in blocks(logits.shape, logits.device):
-        sums[rows] = logits[rows].detach().sum(dim=1, dtype=torch.float64)
+    wide = torch.float32 if logits.dtype == torch.float16 else None
+    sums = logits.detach().sum(dim=1, dtype=wide)
     suspect = ~torch.isfinite(sums)
     if not suspect.any():
         return

@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lcogeom.geometry.poles import Poles, gathered_poles, stacked_poles
+from lcogeom.geometry.poles import Poles, gathered_poles, sorted_columns, stacked_poles, two_largest
 from lcogeom.geometry.softmax import block_elements, blocks, distributions, split_softmax
 
 EVALUATIONS = 120  # most that bisection alone needs; interpolation takes a tenth of it
@@ -39,16 +39,13 @@ class Brackets:
     rho: Tensor
     shift: Tensor
     """(1 + rho) v_a."""
+    own_pole: Tensor
+    """v_a; infinite at rho = -1, where its term of the equation is 1."""
     length: Tensor
     """2 (1 - pi)^2 >= ||u||^2, which costs a pass over the vocabulary less."""
     first: Tensor
     second: Tensor
     """The two largest p_i of the other coordinates."""
-
-    @property
-    def own_pole(self) -> Tensor:
-        """v_a; infinite at rho = -1, where its term of the equation is 1."""
-        return self.shift / (1 + self.rho)
 
     @property
     def below(self) -> Tensor:
@@ -104,7 +101,7 @@ def _groups(logits: Tensor, actions: Tensor, rho: Tensor) -> Iterator[tuple[Pole
     """The tokens in order, as many at a time as keep their poles in the cache."""
     held: list[tuple[Poles, Brackets]] = []
     most = block_elements(logits.device)
-    for rows in blocks(logits.shape, logits.device):
+    for rows in blocks(logits.shape, logits.device, times=4):
         new = _summary(logits[rows], actions[rows], rho[rows])
         width = max([new[0].head.shape[1], *(poles.head.shape[1] for poles, _ in held)])
         if held and width * sum(len(part.rho) for _, part in [*held, new]) > most:
@@ -120,16 +117,16 @@ def _joined(held: list[tuple[Poles, Brackets]]) -> tuple[Poles, Brackets]:
 
 
 def _summary(logits: Tensor, actions: Tensor, rho: Tensor) -> tuple[Poles, Brackets]:
-    weights, chosen, rest, _ = split_softmax(logits, actions)
+    others, chosen, rest, _ = split_softmax(logits, actions)  # at the action a pole at 0 with weight 0: no term
+    columns = sorted_columns(others)
     scale = 1 / (chosen + rest)
-    others = weights.mul_(scale)  # at the action a pole at 0 with weight 0: no term
+    first, second = (two_largest(others, columns) * scale).unbind(1)  # equal to the poles they are, bit for bit
     pi, complement = (chosen * scale).squeeze(1), (rest * scale).squeeze(1)
-    first, where = others.max(dim=1, keepdim=True)
-    second = others.scatter_(1, where, 0.0).amax(1)
-    others.scatter_(1, where, first)
-    brackets = Brackets(rho, pi - rho * complement, 2 * complement.square(), first.squeeze(1), second)
-    nearest = torch.where(brackets.below, torch.minimum(brackets.lower(), -brackets.own_pole), brackets.lower())
-    return gathered_poles(others, nearest), brackets
+    shift = pi - rho * complement
+    brackets = Brackets(rho, shift, shift / (1 + rho), 2 * complement.square(), first, second)
+    lower = brackets.lower()
+    nearest = torch.where(brackets.below, torch.minimum(lower, -brackets.own_pole), lower)
+    return gathered_poles(others, columns, scale, nearest), brackets
 
 
 def _lowest(poles: Poles, some: Brackets) -> Tensor:
