@@ -188,6 +188,17 @@ def _positive(option: str, value: float) -> None:
         raise ValueError(f"{option}: {value}; must be a finite number > 0.")
 
 
+def _against_reference(beta: float) -> Margins:
+    """DPO's m = beta [sum over chosen (l - l_ref) - sum over rejected (l - l_ref)]."""
+    _positive("beta", beta)
+
+    def margins(batch: TokenBatch, grouping: Grouping) -> tuple[Tensor, Tensor]:
+        assert batch.ref_logprobs is not None
+        return beta * _signs(batch, grouping), batch.ref_logprobs.double()
+
+    return margins
+
+
 @register("dpo")
 def dpo(*, beta: float = 0.1) -> Objective:
     """-log sigmoid(beta [sum over chosen (l - l_ref) - sum over rejected (l - l_ref)]) of each preference pair.
@@ -198,16 +209,13 @@ def dpo(*, beta: float = 0.1) -> Objective:
     Raises:
         ValueError: beta is not a finite number > 0.
     """
-    _positive("beta", beta)
-
-    def margins(batch: TokenBatch, grouping: Grouping) -> tuple[Tensor, Tensor]:
-        assert batch.ref_logprobs is not None
-        return beta * _signs(batch, grouping), batch.ref_logprobs.double()
 
     def phi(m: Tensor, _: Tensor) -> Tensor:
         return torch.nn.functional.softplus(-m)
 
-    return CoupledObjective("dpo", "pairs", margins, phi, _no_facts, ("chosen", "ref_logprobs"), {"beta": beta})
+    return CoupledObjective(
+        "dpo", "pairs", _against_reference(beta), phi, _no_facts, ("chosen", "ref_logprobs"), {"beta": beta}
+    )
 
 
 @register("simpo")
@@ -259,11 +267,6 @@ def confidence_dpo(*, beta: float = 0.1) -> Objective:
     Raises:
         ValueError: beta is not a finite number > 0.
     """
-    _positive("beta", beta)
-
-    def margins(batch: TokenBatch, grouping: Grouping) -> tuple[Tensor, Tensor]:
-        assert batch.ref_logprobs is not None
-        return beta * _signs(batch, grouping), batch.ref_logprobs.double()
 
     def facts(batch: TokenBatch, grouping: Grouping) -> Tensor:
         assert batch.advantages is not None
@@ -275,4 +278,4 @@ def confidence_dpo(*, beta: float = 0.1) -> Objective:
         return confidence * softplus(-m) + (1 - confidence) * softplus(m)
 
     needs = ("chosen", "ref_logprobs", "advantages")
-    return CoupledObjective("confidence-dpo", "pairs", margins, phi, facts, needs, {"beta": beta})
+    return CoupledObjective("confidence-dpo", "pairs", _against_reference(beta), phi, facts, needs, {"beta": beta})
