@@ -1,6 +1,16 @@
 """lcogeom: gradient geometry for the policy optimisation of language models."""
 
 from lcogeom.audit import AuditReport, audit_file
+from lcogeom.curvature import (
+    ModelHessian,
+    RouteCheck,
+    RouteError,
+    check_hvp,
+    flat_matvec,
+    ggn_vector_product,
+    hvp,
+    model_hessian,
+)
 from lcogeom.geometry import LogitHessian
 from lcogeom.objectives import (
     ActionObjective,
@@ -35,8 +45,11 @@ __all__ = [
     "Intervention",
     "LastLayer",
     "LogitHessian",
+    "ModelHessian",
     "Objective",
     "Probe",
+    "RouteCheck",
+    "RouteError",
     "Run",
     "TapError",
     "TokenBatch",
@@ -45,9 +58,14 @@ __all__ = [
     "attach",
     "audit_file",
     "autograd_objective",
+    "check_hvp",
+    "flat_matvec",
+    "ggn_vector_product",
+    "hvp",
     "intervention",
     "intervention_names",
     "load_run",
+    "model_hessian",
     "objective",
     "objective_names",
 ]

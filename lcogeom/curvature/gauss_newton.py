@@ -1,0 +1,93 @@
+"""The Gauss-Newton part of a model's Hessian, J^T H_z J, with the exact H_z of any objective (method.md, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lcogeom.curvature.differences import DEFAULT_REACH, value_differences
+from lcogeom.curvature.hvp import twice_differentiable
+from lcogeom.curvature.parameters import require_like, require_params
+from lcogeom.objectives import Objective, TokenBatch
+
+LogitsFn = Callable[[], Tensor]
+MicroBatches = tuple[tuple[LogitsFn, TokenBatch], ...]
+
+
+def ggn_vector_product(
+    logits_fn: LogitsFn | Sequence[LogitsFn],
+    objective: Objective,
+    batch: TokenBatch | Sequence[TokenBatch],
+    params: Sequence[Tensor],
+    vector: Sequence[Tensor],
+) -> list[Tensor]:
+    """G v for the Gauss-Newton matrix G = J^T H_z J of the mean loss over the batch's tokens; J = d logits / d params.
+
+    H_z is the objective's exact Hessian in the logits, joint where it couples tokens. G is positive semi-definite
+    wherever that is.
+
+    Args:
+        logits_fn: () -> (N, V), the logits at the batch's tokens, with a graph. A list of them, one for each
+            micro-batch, is worked through one at a time: memory is that of one.
+        objective: from the registry, or your own.
+        batch: its N tokens; a list where logits_fn is one. The mean runs over the tokens of all of them.
+        params: trainable parameters, each once.
+        vector: shaped like params.
+
+    Returns:
+        A list shaped like params, in their dtypes.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used, or logits that are not finite.
+    """
+    params = require_params(params)
+    parts = micro_batches(logits_fn, batch)
+    vector = require_like("vector", vector, params)
+    tokens = sum(len(some) for _, some in parts)
+    total: list[Tensor] | None = None
+    for logits, push, _ in curved_displacements(parts, objective, params, vector):
+        pulled = torch.autograd.grad(logits, params, push.div(tokens).to(logits), materialize_grads=True)
+        total = list(pulled) if total is None else [a.add_(b) for a, b in zip(total, pulled, strict=True)]
+    assert total is not None
+    return total
+
+
+def curved_displacements(parts: MicroBatches, objective: Objective, params: Sequence[Tensor], vector: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+    """(logits with their graph, H_z J v, J v) of each micro-batch; the latter two (N, V) float64."""
+    for logits_fn, batch in parts:
+        logits, along = pushed_forward(logits_fn, params, vector)
+        yield logits, objective.joint_hessian(logits.detach(), batch) @ along, along
+
+
+def pushed_forward(logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits with their graph, J v (N, V) float64).
+
+    J v is the derivative of w -> <J^T w, v>, which is linear in w: a second backward pass through the first. Where a
+    kernel forbids that, the logits' central difference.
+    """
+    with torch.enable_grad(), twice_differentiable():
+        logits = logits_fn()
+        w = torch.zeros_like(logits, requires_grad=True)
+        try:
+            pulled = torch.autograd.grad(logits, params, w, create_graph=True, materialize_grads=True)
+            live = [(g, v) for g, v in zip(pulled, vector, strict=True) if g.requires_grad]
+            (along,) = torch.autograd.grad([g for g, _ in live], w, [v for _, v in live], materialize_grads=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            logits = logits_fn()
+            along = value_differences(lambda: logits_fn().detach(), params, vector, DEFAULT_REACH)
+    return logits, along.detach().double()
+
+
+def micro_batches(logits_fn: LogitsFn | Sequence[LogitsFn], batch: TokenBatch | Sequence[TokenBatch]) -> MicroBatches:
+    """The pairs; raises ValueError unless there are as many functions as batches."""
+    functions = (logits_fn,) if callable(logits_fn) else tuple(logits_fn)
+    batches = (batch,) if isinstance(batch, TokenBatch) else tuple(batch)
+    if not functions or len(functions) != len(batches):
+        raise ValueError(
+            f"logits_fn, batch: {len(functions)} functions for {len(batches)} batches; one for each micro-batch."
+        )
+    return tuple(zip(functions, batches, strict=True))
