@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ def ggn_vector_product(
     return total
 
 
-def curved_displacements(parts: MicroBatches, objective: Objective, params: Sequence[Tensor], vector: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+def curved_displacements(
+    parts: MicroBatches, objective: Objective, params: Sequence[Tensor], vector: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(logits with their graph, H_z J v, J v) of each micro-batch; the latter two (N, V) float64."""
     for logits_fn, batch in parts:
         logits, along = pushed_forward(logits_fn, params, vector)
