@@ -56,13 +56,17 @@ def total_gradient(losses: Sequence[Callable[[], Tensor]], params: Sequence[Tens
 
 def _gradient(loss_fn: Callable[[], Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     with torch.enable_grad():
-        loss = loss_fn()
+        found: Sequence[Tensor | None] = (None,)
         try:
-            return [g.detach() for g in torch.autograd.grad(loss, params, materialize_grads=True)]
+            found = torch.autograd.grad(loss_fn(), params, allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
-        # Reentrant checkpointing forbids grad(); backward() it is, and the .grad found there is put back.
+        reached = [gradient.detach() for gradient in found if gradient is not None]
+        if len(reached) == len(params):
+            return reached
+        # Not reached, or hidden by reentrant checkpointing, which grad() does not see through: backward() tells. The
+        # .grad found there is put back.
         kept = [parameter.grad for parameter in params]
         try:
             for parameter in params:

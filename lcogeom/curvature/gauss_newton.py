@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lcogeom.curvature.differences import DEFAULT_REACH, value_differences
+from lcogeom.curvature.checks import REACHES, TOLERANCES
+from lcogeom.curvature.differences import value_differences
 from lcogeom.curvature.hvp import twice_differentiable
 from lcogeom.curvature.parameters import require_like, require_params
 from lcogeom.objectives import Objective, TokenBatch
@@ -58,30 +61,58 @@ def curved_displacements(
     parts: MicroBatches, objective: Objective, params: Sequence[Tensor], vector: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(logits with their graph, H_z J v, J v) of each micro-batch; the latter two (N, V) float64."""
+    reach = _reach(parts[0][0], params, vector)
     for logits_fn, batch in parts:
-        logits, along = pushed_forward(logits_fn, params, vector)
+        if reach is None:
+            logits, along = _by_double_backward(logits_fn, params, vector)
+        else:
+            along = value_differences(logits_fn, params, vector, reach)
+            logits = logits_fn()  # after the parameters were moved and put back: that would spoil its graph
         yield logits, objective.joint_hessian(logits.detach(), batch) @ along, along
 
 
-def pushed_forward(logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits with their graph, J v (N, V) float64).
-
-    J v is the derivative of w -> <J^T w, v>, which is linear in w: a second backward pass through the first. Where a
-    kernel forbids that, the logits' central difference.
-    """
+def _by_double_backward(
+    logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(logits with their graph, J v (N, V) float64): <J^T w, v> is linear in w, and J v its derivative."""
     with torch.enable_grad(), twice_differentiable():
         logits = logits_fn()
         w = torch.zeros_like(logits, requires_grad=True)
+        pulled = torch.autograd.grad(logits, params, w, create_graph=True, materialize_grads=True)
+        live = [(g, v) for g, v in zip(pulled, vector, strict=True) if g.requires_grad]
+        (along,) = torch.autograd.grad([g for g, _ in live], w, [v for _, v in live])
+    return logits, along.detach().double()
+
+
+def _reach(logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]) -> float | None:
+    """None where J v by double backward agrees with differences, else the displacement of the best difference.
+
+    A kernel without second derivative may cut J v off without a word. Checked once for a set of parameters.
+    """
+    known = _REACHES.setdefault(params[0], {})
+    key = tuple(map(id, params))
+    if key not in known:
+        coarse = max((parameter.dtype for parameter in params), key=lambda dtype: torch.finfo(dtype).eps)
+        allowed = TOLERANCES.get(coarse, TOLERANCES[torch.float32])[1]
+        found = [value_differences(logits_fn, params, vector, reach) for reach in REACHES]
+        if not any(bool(one.any()) for one in found):
+            return None  # J v = 0 shows nothing
         try:
-            pulled = torch.autograd.grad(logits, params, w, create_graph=True, materialize_grads=True)
-            live = [(g, v) for g, v in zip(pulled, vector, strict=True) if g.requires_grad]
-            (along,) = torch.autograd.grad([g for g, _ in live], w, [v for _, v in live], materialize_grads=True)
+            _, exact = _by_double_backward(logits_fn, params, vector)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            logits = logits_fn()
-            along = value_differences(lambda: logits_fn().detach(), params, vector, DEFAULT_REACH)
-    return logits, along.detach().double()
+            exact = torch.zeros_like(found[0])
+        if min(float((one - exact).norm() / one.norm()) for one in found) <= allowed:
+            known[key] = None
+        else:
+            gaps = [float((one - other).norm() / one.norm()) for one, other in pairwise(found)]
+            known[key] = REACHES[gaps.index(min(gaps))]
+    reach: float | None = known[key]
+    return reach
+
+
+_REACHES = WeakIdKeyDictionary()
 
 
 def micro_batches(logits_fn: LogitsFn | Sequence[LogitsFn], batch: TokenBatch | Sequence[TokenBatch]) -> MicroBatches:
