@@ -54,6 +54,9 @@ def replay_command(
         str | None, typer.Option(help="End a completion at this text, beside the model's own end of sequence.")
     ] = None,
     tap: Annotated[str, typer.Option(help="Where the recorder reads: logits or hidden.")] = "logits",
+    audit_every: Annotated[
+        int | None, typer.Option(help="Take every k-th update apart: first order, curvature, remainder.")
+    ] = None,
 ) -> None:
     """Many updates on one fixed batch under each objective, from the same weights, everything recorded.
 
@@ -80,6 +83,7 @@ def replay_command(
         max_new_tokens=max_new_tokens,
         stop=stop,
         tap=tap,
+        audit_every=audit_every,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:

@@ -98,6 +98,14 @@ class GradientMeter:
             found["grad_cos_prev"] = along.total() / (now.root() * last.root())
         return found
 
+    def around_the_step(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(the parameters, their values before the step); only between `before_step` and `after_step`."""
+        assert self._before is not None
+        parameters = [parameter for _, parameter in self._parameters]
+        return list(parameters), [
+            old.view(parameter.shape) for old, parameter in zip(self._before, parameters, strict=True)
+        ]
+
     def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]]]:
         """(norm of the step and its cosine with -gradient, rows of the norms table without their step)."""
         assert self._before is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lcogeom.objectives import Objective
 from lcogeom.objectives import objective as objective_by_name
+from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head
@@ -44,6 +45,7 @@ class Probe:
         flush_every: int,
         seed: int,
         tokenizer: transformers.PreTrainedTokenizerBase | None,
+        audit_every: int | None,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -58,6 +60,10 @@ class Probe:
         self._tap: Tap = (
             logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
         )
+        self._audit_every = audit_every
+        self._auditor = None
+        if audit_every is not None and minimised is not None:
+            self._auditor = StepAuditor(model, minimised, self._tap)
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -127,6 +133,8 @@ class Probe:
         """Take every hook off and flush. The model is as it was before `attach`."""
         self._tap.remove()
         self._meter.remove()
+        if self._auditor is not None:
+            self._auditor.remove()
         for handle in self._steps:
             handle.remove()
         self.flush()
@@ -168,6 +176,7 @@ class Probe:
                 f"{values.shape[1]} of {ids.shape[1]} positions. Keep one more in logits_to_keep."
             )
         self._completion_tokens += len(place)
+        self._keep_for_audit(batch, ids, sequence, place)
         first = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
         if batch is not None and batch.mask is not None:
             first = batch.mask.to(ids.device).int().argmax(1)
@@ -193,6 +202,13 @@ class Probe:
         else:  # logits are too large to keep until the step
             self._measured.append(measure(some, self._objective, None))
 
+    def _keep_for_audit(self, batch: BatchRecord | None, ids: Tensor, sequence: Tensor, place: Tensor) -> None:
+        if self._auditor is None or batch is None:
+            return
+        said = batch.rows(sequence, place, torch.arange(len(place), device=place.device), ids[sequence, place])
+        if said is not None:
+            self._auditor.arrived(said, (sequence, place - 1 - ids.shape[1]))
+
     def _before_step(self) -> None:
         if not self._backwards:
             raise TapError(silence(self._tap))
@@ -212,12 +228,17 @@ class Probe:
         self._now = self._meter.before_step()
 
     def _after_step(self) -> None:
+        audit: dict[str, float] = {}
+        if self._auditor is not None and self._audit_every is not None:
+            if self._step % self._audit_every == 0:
+                audit = self._auditor.audit(*self._meter.around_the_step())
+            self._auditor.forget()
         found, norms = self._meter.after_step()
         self._pending.append(
             {
                 "step": self._step,
                 "seconds": time.monotonic() - self._started,
-                "values": self._now | found,
+                "values": self._now | found | audit,
                 "norms": norms,
                 "measured": self._measured,
                 "losses": self._losses,
@@ -301,6 +322,7 @@ def attach(
     labels: Mapping[str, str | int | float] | None = None,
     flush_every: int = 10,
     seed: int = 0,
+    audit_every: int | None = None,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -320,6 +342,9 @@ def attach(
         labels: kept with the run; columns of their own when several runs are read together.
         flush_every: updates between two writes (one is also made every minute).
         seed: of the sample of tokens.
+        audit_every: take apart what updates 0, k, 2k, ... did to the mean of `objective` over their completion tokens
+            (the columns `audit_...`, see `audit_step`): the update's forward passes run again, without dropout, for
+            about the time of six updates. Needs `objective`, and batch() before every backward pass.
 
     Raises:
         FileExistsError: `run` exists.
@@ -330,9 +355,12 @@ def attach(
     minimised = objective_by_name(objective) if isinstance(objective, str) else objective
     if tap not in ("hidden", "logits"):
         raise ValueError(f"tap: {tap!r}; must be 'hidden' or 'logits'.")
-    for name, value in (("tokens_per_update", tokens_per_update), ("flush_every", flush_every)):
-        if value < 1:
+    counts = (("tokens_per_update", tokens_per_update), ("flush_every", flush_every), ("audit_every", audit_every))
+    for name, value in counts:
+        if value is not None and value < 1:
             raise ValueError(f"{name}: {value}; must be at least 1.")
+    if audit_every is not None and minimised is None:
+        raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
     if hasattr(model, "_orig_mod"):
         raise TapError(
             "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
@@ -362,6 +390,7 @@ def attach(
             flush_every=flush_every,
             seed=seed,
             tokenizer=tokenizer,
+            audit_every=audit_every,
         )
     except (TapError, TypeError, ValueError):
         shutil.rmtree(writer.path)  # made a moment ago, empty

@@ -28,11 +28,12 @@ class TapError(RuntimeError):
 
 @dataclass
 class Tap:
-    """One tap on a model. `forwards` counts the passes with gradients that it saw."""
+    """One tap on a model. `forwards` counts the passes with gradients that it saw; none while `paused`."""
 
     kind: str
     forwards: int
     remove: Callable[[], None]
+    paused: bool = False
 
 
 def hidden_tap(model: torch.nn.Module, head: OutputHead, on_backward: OnBackward) -> Tap:
@@ -44,6 +45,8 @@ def hidden_tap(model: torch.nn.Module, head: OutputHead, on_backward: OnBackward
     checked = False
 
     def after_base(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if tap.paused:
+            return
         hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         last[:] = [hidden.detach()]
         if _watch(hidden, _input_ids(args, kwargs), on_backward, "hidden states"):
@@ -75,7 +78,9 @@ def logits_tap(model: torch.nn.Module, on_backward: OnBackward) -> Tap:
 
     def after_model(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor) and _watch(logits, _input_ids(args, kwargs), on_backward, "logits"):
+        if tap.paused or not isinstance(logits, Tensor):
+            return
+        if _watch(logits, _input_ids(args, kwargs), on_backward, "logits"):
             tap.forwards += 1
 
     handle = model.register_forward_hook(after_model, with_kwargs=True)

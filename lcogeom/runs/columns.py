@@ -29,6 +29,11 @@ def _split(name: str, kind: str, unit: str, meaning: str) -> list[Column]:
     return rows + [Column("updates", name + end, kind, unit, f"{name}, {which} only") for end, which in SIGNS.items()]
 
 
+def _audit(**meanings: str) -> list[Column]:
+    """The parts of the audit of one update (method.md, section 3); null in updates that were not audited."""
+    return [Column("updates", f"audit_{name}", "float64", "loss", meaning) for name, meaning in meanings.items()]
+
+
 COLUMNS: list[Column] = [
     Column("updates", "step", "int64", "1", "optimiser steps before this one; the first is 0"),
     Column("updates", "seconds", "float64", "s", "wall time from attach() to the end of this update"),
@@ -65,6 +70,20 @@ COLUMNS: list[Column] = [
     *_split("ratio_max", "float64", "1", "largest recorded ratio"),
     *_split("convex_share", "float64", "1", "share of tokens at which the loss is convex in the logits"),
     *_split("tokens", "int64", "1", "completion tokens in the update (by sign: estimated where not all are recorded)"),
+    *_audit(
+        actual="what the step did to the mean of the objective over the update's completion tokens, dropout off",
+        first_order="<g, d>: what the gradient promised",
+        gauss_newton="1/2 d^T J^T H_z J d: curvature along the step that comes through the logits",
+        residual="1/2 d^T (H - J^T H_z J) d: curvature along the step that is the network's own",
+        remainder="actual - first_order - gauss_newton - residual",
+        logit_first_order="<grad_z, dz> with the finite displacement dz of the logits",
+        logit_curvature="1/2 dz^T H_z dz",
+        logit_remainder="actual - logit_first_order - logit_curvature",
+        rounding="how far audit_actual may be off because logits are rounded to their dtype",
+    ),
+    Column(
+        "updates", "audit_overshoot", "float64", "1", "d^T H d / |<g, d>|: above 1 the step passed the minimum along d"
+    ),
     Column("tokens", "step", "int64", "1", "the update this token was part of"),
     Column("tokens", "sequence", "int64", "1", "row of the batch, counted through the update's backward passes"),
     Column("tokens", "position", "int64", "1", "place in the completion, from 0; in the input where that is unknown"),

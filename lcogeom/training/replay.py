@@ -74,11 +74,15 @@ class ReplaySettings:
     """Give up after so many rounds of 32 samples without enough completions of the kind asked for."""
     tap: str = "logits"
     """Where the recorder reads: `logits` or `hidden`."""
+    audit_every: int | None = None
+    """Take every k-th update apart (`audit_step`); None: none."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "updates", "seeds", "max_new_tokens", "sampling_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; must be at least 1.")
+        if self.audit_every is not None and self.audit_every < 1:
+            raise ValueError(f"audit_every: {self.audit_every}; must be at least 1, or None for no audit.")
         if self.select not in ("positive", "negative", "mixed"):
             raise ValueError(f"select: {self.select!r}; must be positive, negative or mixed.")
         if self.select == "mixed" and self.sequences < 2:
@@ -158,6 +162,7 @@ def replay(settings: ReplaySettings, run: str | Path, progress: Progress | None 
                 tap=settings.tap,
                 tokenizer=loaded.tokenizer,
                 labels={"model": settings.model, "variant": name, "seed": seed},
+                audit_every=settings.audit_every,
             ) as probe:
                 tell(f"{name}, seed {seed}", 0, settings.updates)
                 for update in range(settings.updates):

@@ -26,7 +26,13 @@ def test_ten_replay_updates(variant: str, tap: str, tmp_path: Path, device: torc
         random_state = torch.random.get_rng_state()
         if recorded:
             with lg.attach(
-                loaded.model, optimizer, run=tmp_path / "run", objective=minimised, tap=tap, tokens_per_update=9
+                loaded.model,
+                optimizer,
+                run=tmp_path / "run",
+                objective=minimised,
+                tap=tap,
+                tokens_per_update=9,
+                audit_every=4,
             ) as probe:
                 for _ in range(UPDATES):
                     one_update(loaded.model, optimizer, minimised, batch, advantage=advantage, probe=probe)
@@ -40,4 +46,6 @@ def test_ten_replay_updates(variant: str, tap: str, tmp_path: Path, device: torc
     start = list(load_model("tiny", device=device).model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(start, ends[0], strict=False))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    assert len(lg.load_run(tmp_path / "run").updates) == UPDATES
+    updates = lg.load_run(tmp_path / "run").updates
+    assert len(updates) == UPDATES
+    assert updates["audit_actual"].notna().tolist() == [step % 4 == 0 for step in range(UPDATES)]
