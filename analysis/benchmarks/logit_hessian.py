@@ -25,11 +25,9 @@ import numpy as np
 import torch
 from isolated import CACHE, THREADS, Worker
 from logit_hessian_truth import certified, extremes, log_probability
+from report import HERE, cpu_model, update_readme
 from safetensors.torch import save_file
 from torch import Tensor
-
-HERE = Path(__file__).parent
-MARKS = ("<!-- logit_hessian: written by the script -->", "<!-- logit_hessian: end -->")
 
 CASES = ("ppo, A > 0", "ppo, A < 0", "sft")
 BATCH = {1_000: 1024, 10_000: 512, 49_152: 128, 151_936: 64}  # tokens of ours, by V
@@ -140,11 +138,6 @@ def measure(workers: dict[str, Worker], name: str, some: dict[str, Tensor], case
     return {"set": name, "vocab": vocab, "objective": case, "methods": methods}
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 # tables -----------------------------------------------------------------------------------------
 
 
@@ -208,17 +201,6 @@ def report(results: dict) -> str:
     return "\n".join(lines)
 
 
-def update_readme(text: str) -> None:
-    """Put the tables between the marks in analysis/README.md, if it has them."""
-    file = HERE.parent / "README.md"
-    content = file.read_text()
-    if all(mark in content for mark in MARKS):
-        before, rest = content.split(MARKS[0])
-        file.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
-    else:
-        print(f"\n{file.name}: no marks, left as it is. To have the tables there, add\n{MARKS[0]}\n{MARKS[1]}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="V = 1,000, few tokens, ours and plain autograd only")
@@ -269,4 +251,4 @@ if __name__ == "__main__":
         out.write_text(json.dumps(results, indent=1) + "\n")
         print(out.name)
     if out == HERE / "logit_hessian.json":
-        update_readme(text)
+        update_readme("logit_hessian", text)

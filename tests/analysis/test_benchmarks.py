@@ -30,3 +30,13 @@ def test_logit_hessian(tmp_path: Path) -> None:
                     assert found[end]["error"] < (4e-15 if method.startswith("ours") else 1e-10)
     assert results["memory"]["extra"] > 0
     assert str(Path.home()) not in out.read_text()
+
+
+def test_hvp() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "hvp.py"), "--quick"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("| llama"))
+    assert line.count("[") == 4  # a ratio with its range for each of our products
