@@ -31,14 +31,16 @@ $(VENV)/installed: pyproject.toml
 
 reproduce: export HF_HUB_OFFLINE := 1
 reproduce: install
-	$(BIN)/lcogeom replay tiny --seeds 3 --updates 60 --sequences 16 --run $(RUNS)/tiny
+	$(BIN)/lcogeom replay tiny --seeds 3 --updates 60 --sequences 16 --audit-every 5 --run $(RUNS)/tiny
 	$(BIN)/lcogeom replay smollm2 --updates 30 --run $(RUNS)/smollm2
 	$(BIN)/python figures/stability.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python figures/convexity.py $(RUNS)/tiny $(RUNS)/smollm2
+	$(BIN)/python figures/audit.py $(RUNS)/tiny
 	$(BIN)/python analysis/stability.py $(RUNS)/tiny $(RUNS)/smollm2
 
 benchmark: install
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py
+	$(BIN)/python analysis/benchmarks/hvp.py
 
 test: install
 	$(BIN)/python -m pytest -q

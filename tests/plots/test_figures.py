@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 import lcogeom as lg
-from lcogeom.plots import convexity_figure, stability_figure
+from lcogeom.plots import audit_figure, convexity_figure, stability_figure
 from lcogeom.plots.convexity import PHASE_VARIANTS, same_series
 from lcogeom.plots.stability import PANELS
 from lcogeom.plots.style import LINES, line_of, variants
 from lcogeom.runs import create_folder
 from lcogeom.runs.store import COLLECTION
-from lcogeom.training import DEFAULT_OBJECTIVES
+from lcogeom.training import DEFAULT_OBJECTIVES, ReplaySettings, replay
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,3 +114,23 @@ def test_scripts(script: str, out: str, tiny_replay: Path, tmp_path: Path) -> No
             one = updates[(updates["variant"] == row["variant"]) & (updates["seed"] == row["seed"])]
             assert row["largest_norm"] == pytest.approx(one["qkv_mean_frobenius"].max())
             assert row["final_action_prob"] == pytest.approx(one.sort_values("step")["action_prob"].iloc[-1])
+
+
+def test_audit_draws_the_recorded_parts(tmp_path: Path, recorded: lg.Run) -> None:
+    settings = ReplaySettings(model="tiny", sequences=4, updates=5, seeds=2, objectives=("sft", "ppo"), audit_every=2)
+    run = lg.load_run(replay(settings, tmp_path / "audited"))
+    figure = audit_figure(run)
+    assert len(figure.axes) == 2
+    for axes, variant in zip(figure.axes, ("sft", "ppo"), strict=True):
+        rows = run.updates[(run.updates["variant"] == variant) & run.updates["audit_actual"].notna()]
+        by_step = rows.groupby("step")
+        promised = by_step["audit_first_order"].agg(lambda values: values.abs().mean())
+        assert promised.index.tolist() == [0, 2, 4]
+        for bars, name in zip(axes.containers, ("first_order", "gauss_newton", "residual", "remainder"), strict=False):
+            heights = [bar.get_height() for bar in bars]
+            np.testing.assert_allclose(heights, by_step[f"audit_{name}"].mean() / promised, rtol=1e-9)
+        tops = {round(bar.get_y() + bar.get_height(), 9) for bars in axes.containers[:4] for bar in bars}
+        assert len(tops) > 3  # they stand on each other
+    plt.close(figure)
+    with pytest.raises(ValueError, match="holds no audits"):
+        audit_figure(recorded)
