@@ -22,6 +22,6 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def tiny_replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every default objective, two seeds, 12 updates on `tiny`."""
-    settings = ReplaySettings(model="tiny", sequences=8, updates=12, seeds=2)
+    """Every default objective, two seeds, 12 updates on `tiny`, every fourth of them audited."""
+    settings = ReplaySettings(model="tiny", sequences=8, updates=12, seeds=2, audit_every=4)
     return replay(settings, tmp_path_factory.mktemp("replay") / "tiny")
