@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -49,26 +49,29 @@ def ggn_vector_product(
     parts = micro_batches(logits_fn, batch)
     vector = require_like("vector", vector, params)
     tokens = sum(len(some) for _, some in parts)
-    total: list[Tensor] | None = None
-    for logits, push, _ in curved_displacements(parts, objective, params, vector):
-        pulled = torch.autograd.grad(logits, params, push.div(tokens).to(logits), materialize_grads=True)
-        total = list(pulled) if total is None else [a.add_(b) for a, b in zip(total, pulled, strict=True)]
-    assert total is not None
+    reach = forward_reach(parts[0][0], params, vector)
+
+    def one(run: LogitsFn, some: TokenBatch) -> Sequence[Tensor]:
+        """The part of one micro-batch, whose graph ends with this call."""
+        logits, along = pushed_forward(run, params, vector, reach)
+        push = objective.joint_hessian(logits.detach(), some) @ along
+        return torch.autograd.grad(logits, params, push.div_(tokens).to(logits), materialize_grads=True)
+
+    total = list(one(*parts[0]))
+    for part in parts[1:]:
+        total = [a.add_(b) for a, b in zip(total, one(*part), strict=True)]
     return total
 
 
-def curved_displacements(
-    parts: MicroBatches, objective: Objective, params: Sequence[Tensor], vector: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(logits with their graph, H_z J v, J v) of each micro-batch; the latter two (N, V) float64."""
-    reach = _reach(parts[0][0], params, vector)
-    for logits_fn, batch in parts:
-        if reach is None:
-            logits, along = _by_double_backward(logits_fn, params, vector)
-        else:
-            along = value_differences(logits_fn, params, vector, reach)
-            logits = logits_fn()  # after the parameters were moved and put back: that would spoil its graph
-        yield logits, objective.joint_hessian(logits.detach(), batch) @ along, along
+def pushed_forward(
+    logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor], reach: float | None
+) -> tuple[Tensor, Tensor]:
+    """(logits with their graph, J v (N, V) float64). reach: see `forward_reach`."""
+    if reach is None:
+        return _by_double_backward(logits_fn, params, vector)
+    along = value_differences(logits_fn, params, vector, reach)
+    with torch.enable_grad():
+        return logits_fn(), along  # after the parameters were moved and put back: that would spoil its graph
 
 
 def _by_double_backward(
@@ -84,7 +87,7 @@ def _by_double_backward(
     return logits, along.detach().double()
 
 
-def _reach(logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]) -> float | None:
+def forward_reach(logits_fn: LogitsFn, params: Sequence[Tensor], vector: Sequence[Tensor]) -> float | None:
     """None where J v by double backward agrees with differences, else the displacement of the best difference.
 
     A kernel without second derivative may cut J v off without a word. Checked once for a set of parameters.

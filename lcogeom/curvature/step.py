@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.curvature.differences import total_gradient
-from lcogeom.curvature.gauss_newton import LogitsFn, MicroBatches, curved_displacements, micro_batches
+from lcogeom.curvature.gauss_newton import LogitsFn, MicroBatches, forward_reach, micro_batches, pushed_forward
 from lcogeom.curvature.hvp import model_hessian
 from lcogeom.curvature.parameters import assign, held, inner, require_like, require_params
 from lcogeom.objectives import Objective, TokenBatch
@@ -132,5 +132,10 @@ def _through_logits(earlier: Tensor, later: Tensor, batch: TokenBatch, objective
 
 def _gauss_newton(parts: MicroBatches, objective: Objective, params: Sequence[Tensor], step: Sequence[Tensor]) -> float:
     """d^T J^T H_z J d of the summed loss."""
-    curved = curved_displacements(parts, objective, params, step)
-    return sum(float((push * along).sum()) for _, push, along in curved)
+    reach = forward_reach(parts[0][0], params, step)
+    total = 0.0
+    for logits_fn, batch in parts:
+        logits, along = pushed_forward(logits_fn, params, step, reach)
+        total += float(objective.joint_hessian(logits.detach(), batch).quadratic(along))
+        del logits  # and the graph with it, before the next
+    return total

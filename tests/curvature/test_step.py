@@ -36,7 +36,7 @@ def test_every_part_equals_brute_force(objective: str, device: torch.device) -> 
     before, step = step_of(some, 0.02)
     after = [p.detach().clone() for p in some.params]
     audit = lg.audit_step(some.logits, chosen, some.batch, some.params, before)
-    later, z1 = float(some.loss(chosen)()), some.logits().detach()
+    later, z1 = some.loss(chosen)().item(), some.logits().detach()
 
     put(some.params, before)
     loss = some.loss(chosen)
@@ -49,12 +49,12 @@ def test_every_part_equals_brute_force(objective: str, device: torch.device) -> 
     slope = torch.autograd.functional.jacobian(of_logits, z0.reshape(-1))
     H = torch.autograd.functional.hessian(of_logits, z0.reshape(-1))
     d = torch.cat([part.reshape(-1) for part in step])
-    wanted = {"actual": later - float(loss()), "first_order": slope @ J @ d, "gauss_newton": (J @ d) @ H @ (J @ d) / 2}
+    wanted = {"actual": later - loss().item(), "first_order": slope @ J @ d, "gauss_newton": (J @ d) @ H @ (J @ d) / 2}
     wanted |= {"logit_first_order": slope @ dz, "logit_curvature": dz @ H @ dz / 2}
 
     def along(t: float) -> float:
         put(some.params, [b + t * part for b, part in zip(before, step, strict=True)])
-        return float(loss())
+        return loss().item()
 
     h = 0.05
     wanted["whole"] = (-along(2 * h) + 16 * along(h) - 30 * along(0) + 16 * along(-h) - along(-2 * h)) / (24 * h**2)
