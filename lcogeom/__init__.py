@@ -1,7 +1,16 @@
 """lcogeom: gradient geometry for the policy optimisation of language models."""
 
 from lcogeom.audit import AuditReport, audit_file
-from lcogeom.geometry import LogitHessian
+from lcogeom.geometry import (
+    Cosines,
+    GradientCosines,
+    LogitHessian,
+    cosine,
+    directionality,
+    gradient_cosines,
+    sketch,
+    sketch_cosines,
+)
 from lcogeom.objectives import (
     ActionObjective,
     AdamState,
@@ -21,7 +30,7 @@ from lcogeom.objectives import (
     objective_names,
 )
 from lcogeom.recording import Probe, TapError, attach
-from lcogeom.runs import Run, load_run
+from lcogeom.runs import Run, Sketches, load_run
 
 __version__ = "0.1.0"
 
@@ -31,6 +40,8 @@ __all__ = [
     "AuditReport",
     "AutogradObjective",
     "Choice",
+    "Cosines",
+    "GradientCosines",
     "Guarded",
     "Intervention",
     "LastLayer",
@@ -38,6 +49,7 @@ __all__ = [
     "Objective",
     "Probe",
     "Run",
+    "Sketches",
     "TapError",
     "TokenBatch",
     "Verdict",
@@ -45,9 +57,14 @@ __all__ = [
     "attach",
     "audit_file",
     "autograd_objective",
+    "cosine",
+    "directionality",
+    "gradient_cosines",
     "intervention",
     "intervention_names",
     "load_run",
     "objective",
     "objective_names",
+    "sketch",
+    "sketch_cosines",
 ]

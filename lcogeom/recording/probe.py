@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.batch import BatchRecord
@@ -44,6 +45,8 @@ class Probe:
         flush_every: int,
         seed: int,
         tokenizer: transformers.PreTrainedTokenizerBase | None,
+        sketch: int,
+        sketch_layers: bool,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -54,7 +57,7 @@ class Probe:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
         self._head = output_head(model)
-        self._meter = GradientMeter(model, optimizer)
+        self._meter = GradientMeter(model, optimizer, sketch=sketch, sketch_layers=sketch_layers)
         self._tap: Tap = (
             logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
         )
@@ -219,6 +222,7 @@ class Probe:
                 "seconds": time.monotonic() - self._started,
                 "values": self._now | found,
                 "norms": norms,
+                "sketches": self._meter.sketches(),
                 "measured": self._measured,
                 "losses": self._losses,
                 "mismatches": self._mismatches,
@@ -258,6 +262,9 @@ class Probe:
         norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
         norms["step"] = [step] * len(norms["name"])
         self._writer.add("norms", norms)
+        for vector, layer, values in update["sketches"]:
+            content = values.cpu().numpy().astype("<f4").tobytes()
+            self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
         losses = [float(loss) for loss in update["losses"]]
         row: dict[str, object] = {
             "step": step,
@@ -301,6 +308,8 @@ def attach(
     labels: Mapping[str, str | int | float] | None = None,
     flush_every: int = 10,
     seed: int = 0,
+    sketch: int | None = SKETCH_SIZE,
+    sketch_layers: bool = False,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -320,6 +329,9 @@ def attach(
         labels: kept with the run; columns of their own when several runs are read together.
         flush_every: updates between two writes (one is also made every minute).
         seed: of the sample of tokens.
+        sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
+            afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
+        sketch_layers: keep the part of each layer as well, at that size for each.
 
     Raises:
         FileExistsError: `run` exists.
@@ -346,6 +358,7 @@ def attach(
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "tokens_per_update": tokens_per_update,
+        "sketch": sketch or 0,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -362,6 +375,8 @@ def attach(
             flush_every=flush_every,
             seed=seed,
             tokenizer=tokenizer,
+            sketch=sketch or 0,
+            sketch_layers=sketch_layers,
         )
     except (TapError, TypeError, ValueError):
         shutil.rmtree(writer.path)  # made a moment ago, empty
