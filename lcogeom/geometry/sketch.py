@@ -8,7 +8,7 @@ The concatenated tensors are cut into blocks of `size` consecutive elements. Blo
 Two elements of one block never meet; two of different blocks meet with probability 1 / size, as in a count sketch
 (Charikar, Chen and Farach-Colton 2002). Here a block costs one sequential pass instead of a hash of every element.
 Rotations are drawn without replacement among `size` blocks, a group: were two blocks rotated alike, tau would cancel
-between them, and vectors that repeat themselves would double the variance. The next group takes tau one place further.
+between them, and vectors that repeat themselves would double the variance. The next group has a tau of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 SIZE = 16384
 """64 KiB of float32: cosines to 0.008."""
 LONG_BLOCK = 4096  # on the CPU a call for each block this long costs less than indices; on a GPU it never does
-PIECE = 2**20  # elements copied at once where a copy is needed
+PIECE, GPU_PIECE = 2**18, 2**21  # elements copied at once where a copy is needed; on a GPU few launches count more
 
 
 def sketch(tensors: Sequence[Tensor] | Tensor, size: int = SIZE, seed: int = 0) -> Tensor:
@@ -50,8 +50,8 @@ def sketch(tensors: Sequence[Tensor] | Tensor, size: int = SIZE, seed: int = 0) 
         seed: of signs and rotations, in [0, 2^64).
 
     Returns:
-        (size,) float32 on the first tensor's device. Beside it a few blocks are allocated, never a copy of the tensors:
-        a tensor that is not contiguous is copied in pieces of 4 MiB.
+        (size,) float32 on the first tensor's device. Beside it a few MiB are allocated (on a GPU 50), never a copy of
+        the tensors, contiguous or not.
 
     Raises:
         ValueError: no tensor, or a `size` or `seed` out of range.
@@ -83,17 +83,18 @@ class LinearSketch:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: {seed}; must be in [0, 2^64).")
         self._size, self._seed, self._device = size, seed, torch.device(device)
+        self._piece = max(size, PIECE if self._device.type == "cpu" else GPU_PIECE)
         self._sum = torch.zeros(2 * size, device=device)  # rotated blocks run over the end; result() folds it back
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
         by_block = self._device.type == "cpu" and self._size >= LONG_BLOCK
         with torch.no_grad():
-            for values in _flat_parts(tensor.detach()):
+            for values in _flat_parts(tensor.detach(), self._piece):
                 done = 0
                 while done < len(values):
                     group, place = divmod(start + done, self._size**2)
-                    length = min(len(values) - done, self._size**2 - place, max(self._size, PIECE))
+                    length = min(len(values) - done, self._size**2 - place, self._piece)
                     part = values[done : done + length].to(self._device, torch.float32)
                     (self._add_blocks if by_block else self._add_indexed)(part, group, *divmod(place, self._size))
                     done += length
@@ -106,10 +107,10 @@ class LinearSketch:
     def _add_blocks(self, values: Tensor, group: int, block: int, inside: int) -> None:
         """Add a stretch of one group, from place `inside` of `block` on: one call for each block, so they are bare."""
         size, total = self._size, self._sum
-        tau = _tau(size, self._seed, group, self._device)
         pieces = (values[: size - inside], *values[size - inside :].split(size))
-        drawn = (some[block : block + len(pieces)].tolist() for some in _draws(size, self._seed, group))
-        for piece, rotation, sign in zip(pieces, *drawn, strict=False):  # split() of nothing is one empty piece
+        tau, *drawn = _draws(size, self._seed, group)
+        rotations, signs = (some[block : block + len(pieces)].tolist() for some in drawn)
+        for piece, rotation, sign in zip(pieces, rotations, signs, strict=False):  # split() of nothing: an empty piece
             into, length = rotation + inside, len(piece)
             total[into : into + length].addcmul_(piece, tau[inside : inside + length], value=sign)
             inside = 0
@@ -118,53 +119,43 @@ class LinearSketch:
         """The same, all blocks at once."""
         size, device = self._size, self._device
         blocks = -(-(inside + len(values)) // size)
-        rotations, signs = (some[block : block + blocks, None] for some in _draws_on(size, self._seed, group, device))
+        tau, *drawn = _draws_on(size, self._seed, group, device)
+        rotations, signs = (some[block : block + blocks, None] for some in drawn)
         signed = torch.zeros(blocks, size, device=device)
         signed.view(-1)[inside : inside + len(values)] = values
-        signed *= _tau(size, self._seed, group, device) * signs
+        signed *= tau * signs
         source = torch.arange(size, device=device).sub(rotations).remainder_(size)  # (blocks, size)
         self._sum[:size] += signed.gather(1, source).sum(0)
 
 
-def _flat_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements in order as flat tensors, views where the tensor is contiguous, else copies of at most PIECE."""
-    if tensor.is_contiguous() or tensor.numel() <= PIECE:
+def _flat_parts(tensor: Tensor, most: int) -> Iterator[Tensor]:
+    """The elements in order as flat tensors: views where the tensor is contiguous, else copies of at most `most`."""
+    if tensor.is_contiguous() or tensor.numel() <= most:
         yield tensor.reshape(-1)
-    elif tensor[0].numel() > PIECE:
+    elif tensor[0].numel() > most:
         for row in tensor:
-            yield from _flat_parts(row)
+            yield from _flat_parts(row, most)
     else:
-        for rows in tensor.split(max(1, PIECE // tensor[0].numel())):
+        for rows in tensor.split(max(1, most // tensor[0].numel())):
             yield rows.reshape(-1)
 
 
-def _words(seed: int, stream: int, count: int) -> np.ndarray:
-    """(count,) random uint64. NumPy promises that a bit generator's raw words never change, unlike its samplers'."""
-    return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(count)
-
-
-@lru_cache(maxsize=256)
-def _draws(size: int, seed: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rotation (a permutation of 0 .. size - 1) and sign of each block of a group, (size,) int64 each."""
-    words = _words(seed, group + 1, 2 * size)
-    return np.argsort(words[:size], kind="stable"), (words[size:] >> np.uint64(63)).astype(np.int64) * 2 - 1
+@lru_cache(maxsize=64)
+def _draws(size: int, seed: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one group, (size,) each: tau, float32; rotation of each block, a permutation, int64; its sign, int64."""
+    # NumPy promises that the raw words of a bit generator never change; its samplers, and torch's, may.
+    words = np.random.Philox(key=np.array([seed, group], dtype=np.uint64)).random_raw(3 * size).reshape(3, size)
+    tau, signs = ((some >> np.uint64(63)).astype(np.int64) * 2 - 1 for some in words[::2])
+    return (
+        torch.from_numpy(tau.astype(np.float32)),
+        torch.from_numpy(np.argsort(words[1], kind="stable")),
+        torch.from_numpy(signs),
+    )
 
 
 @lru_cache(maxsize=64)
-def _draws_on(size: int, seed: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rotations, signs = (torch.from_numpy(drawn).to(device) for drawn in _draws(size, seed, group))
-    return rotations, signs.float()
-
-
-@lru_cache(maxsize=16)
-def _signs(size: int, seed: int, device: torch.device) -> Tensor:
-    """(2 * size,) of +-1: what tau is a window of."""
-    words = _words(seed, 0, 2 * size)
-    return torch.from_numpy((words >> np.uint64(63)).astype(np.float32) * 2 - 1).to(device)
-
-
-def _tau(size: int, seed: int, group: int, device: torch.device) -> Tensor:
-    return _signs(size, seed, device)[group % size : group % size + size]
+def _draws_on(size: int, seed: int, group: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(drawn.to(device) for drawn in _draws(size, seed, group))
 
 
 def standard_error(cosine: np.ndarray, size: int) -> np.ndarray:

@@ -39,14 +39,16 @@ class UpdateSketches:
         """(vector, layer or None for the whole, sketch) since the last call. A vector never added to is zero."""
         found: list[tuple[str, str | None, Tensor]] = []
         for vector in dict.fromkeys(("gradient", "step", *self._signs)):
-            parts = [(layer, total.result()) for (of, layer), total in self._sums.items() if of == vector]
-            parts = [(layer, part * self._signs[vector]) for layer, part in parts]
-            found += [(vector, layer, part) for layer, part in parts if layer is not None]
-            whole = torch.stack([part for _, part in parts]).sum(0) if parts else self._nothing()
-            found.append((vector, None, whole))
+            parts = {layer: self._part(vector, layer) for layer in dict.fromkeys(self._layers)}
+            if None not in parts:
+                parts[None] = torch.stack(list(parts.values())).sum(0)
+            found += [(vector, layer, part) for layer, part in parts.items()]
         self._sums.clear()
         self._signs.clear()
         return found
 
-    def _nothing(self) -> Tensor:
-        return torch.zeros(self._size, device=self._device)
+    def _part(self, vector: str, layer: str | None) -> Tensor:
+        total = self._sums.get((vector, layer))
+        if total is None:
+            return torch.zeros(self._size, device=self._device)
+        return self._signs[vector] * total.result()
