@@ -1,6 +1,7 @@
 """Figures from recorded run folders, and only from them."""
 
 from lcogeom.plots.convexity import convexity_figure
-from lcogeom.plots.stability import stability_figure
+from lcogeom.plots.directions import directions_figure
+from lcogeom.plots.stability import stability_figure, title_of
 
-__all__ = ["convexity_figure", "stability_figure"]
+__all__ = ["convexity_figure", "directions_figure", "stability_figure", "title_of"]

@@ -30,3 +30,21 @@ def test_logit_hessian(tmp_path: Path) -> None:
                     assert found[end]["error"] < (4e-15 if method.startswith("ours") else 1e-10)
     assert results["memory"]["extra"] > 0
     assert str(Path.home()) not in out.read_text()
+
+
+def test_sketch_error(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "sketch_error.py"), "--model", "tiny", "--out", str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    error = json.loads(out.read_text())["error"]
+    assert error["pairs"] >= 1000
+    assert error["rms_error"] <= 0.01
+    assert error["largest_error"] <= 0.035
+    assert 0.7 < error["rms_error"] / error["rms_standard_error"] < 1.3
+    low, _, _, _, high = error["cosines_quantiles"]
+    assert -1.00001 < low < -0.5 < 0.5 < high < 1.00001
+    assert error["directions"]["SFT, PPO unclipped with A > 0"][0] > 0.9  # ratios are still near 1
+    assert str(Path.home()) not in out.read_text()
