@@ -5,7 +5,8 @@
 RUN: folders written by `lcogeom replay`. cos(-g_t, theta_end - theta_t) from the recorded sketches, a row for each
 objective and seed. An update counts as surely positive or negative beyond two standard errors of the sketch. theta_end
 - theta_t holds the update's own step, which follows the gradient whatever the objective; `mean_later` is the mean of
-cos(-g_t, theta_end - theta_t+1), without it. The CSV's interval is the sketch's, two standard errors; in the table on
+cos(-g_t, theta_end - theta_t+1), without it. `five_apart` is the mean of cos(g_t, g_t+5): do gradients keep their
+direction, or swing? The CSV's interval is the sketch's, two standard errors; in the table on
 the screen it is that of the mean over seeds (Student, 95 %).
 """
 
@@ -22,11 +23,14 @@ from scipy import stats
 
 import lcogeom as lg
 
+MEANS = ("mean", "mean, own step left out", "cos(g_t, g_t+5)")
+
 
 def one_seed(found: lg.Sketches) -> dict[str, float]:
     """The row of one objective and seed; updates without a direction (no gradient left) are left out of it."""
     towards = lg.directionality(found.gradients, found.steps)
     later = lg.directionality(found.gradients[:-1], found.steps[1:])
+    five_apart = np.diag(lg.sketch_cosines(found.gradients).values, 5)
     known = np.isfinite(towards.values)
     if not known.any():
         return {"updates": 0}
@@ -41,8 +45,13 @@ def one_seed(found: lg.Sketches) -> dict[str, float]:
         "mean": cosine.mean(),
         "mean_low": cosine.mean() - 2 * error.mean(),  # errors of one run's updates go together at worst
         "mean_high": cosine.mean() + 2 * error.mean(),
-        "mean_later": float(np.nanmean(later.values)) if np.isfinite(later.values).any() else np.nan,
+        "mean_later": mean_of_known(later.values),
+        "five_apart": mean_of_known(five_apart),
     }
+
+
+def mean_of_known(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def over_seeds(values: pd.Series) -> str:
@@ -69,14 +78,14 @@ if __name__ == "__main__":
             title=f"{rows['model'].iloc[0]}: cos(-g_t, theta_end - theta_t), {rows['seed'].nunique()} seed(s)"
         )
         table.add_column("objective", no_wrap=True)
-        for heading in ("> 0, %", "surely > 0, %", "surely < 0, %", "first", "last", "mean", "mean, own step left out"):
+        for heading in (*("> 0, %", "surely > 0, %", "surely < 0, %"), *("first", "last"), *MEANS):
             table.add_column(heading, justify="right")
         for variant in run.meta["replay"]["objectives"]:
             seeds = rows[rows["variant"] == variant]
             shares = [seeds[name] for name in ("share_positive", "share_surely_positive", "share_surely_negative")]
-            means = [seeds[name] for name in ("first", "last", "mean", "mean_later")]
-            cells = [f"{100 * share.mean():.1f}" for share in shares] + [over_seeds(values) for values in means]
-            table.add_row(variant, *cells)
+            ends = [f"{seeds[name].mean():.3f}" for name in ("first", "last")]
+            means = [over_seeds(seeds[name]) for name in ("mean", "mean_later", "five_apart")]
+            table.add_row(variant, *(f"{100 * share.mean():.1f}" for share in shares), *ends, *means)
         Console(width=160).print(table)
     pd.concat(tables, ignore_index=True).to_csv(arguments.out, index=False)
     print(arguments.out)

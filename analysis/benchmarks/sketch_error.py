@@ -206,8 +206,8 @@ def report(results: dict) -> str:
         f"- **Memory** beside the gradient: {results['memory']:.1f} MiB; the gradient has "
         f"{error['parameters'] * 4 / 2**20:.0f}."
         if results["memory"] is not None else "- **Memory**: not measured.",
-        "- **Time** of one sketch and of the update whose gradient it sketches (forward, backward, AdamW), median; share: "
-        "median [range] of the turns. The recorder makes two an update, of gradient and step.",
+        "- **Time** of one sketch and of the update whose gradient it sketches (forward, backward, AdamW): medians; "
+        "share: median [range] of the turns. The recorder makes two an update, of gradient and step.",
         "", "| threads | batch | update, s | sketch, s | sketch / update |", "| ---: | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in results["cost"]:

@@ -37,7 +37,7 @@ def read_sketches(path: Path, updates: np.ndarray, layer: str | None) -> Sketche
     """The sketches of a run folder's whole parts, of updates that are in `updates`.
 
     Raises:
-        ValueError: nothing was sketched, or not this layer, or an update's sketch is in a damaged part.
+        ValueError: nothing was sketched, or not this layer, or an update before the last is missing.
     """
     parts = []
     for file in sorted((path / "sketches").glob("part-*.parquet")):
@@ -58,16 +58,17 @@ def read_sketches(path: Path, updates: np.ndarray, layer: str | None) -> Sketche
         )
     rows = pa.concat_tables(parts)
     found = {vector: _vectors(rows, vector) for vector in VECTORS}
-    for vector in ("gradient", "step"):
-        missing = sorted(set(updates.tolist()) - set(found[vector]))
-        if missing:
-            raise ValueError(f"run: {str(path)!r} lacks the {vector} sketch of update {missing[0]}.")
     updates = np.sort(updates)
+    for update in range(int(updates[-1]) + 1):  # a gap would make every sum of steps wrong
+        if update not in updates or update not in found["gradient"] or update not in found["step"]:
+            raise ValueError(
+                f"run: {str(path)!r} lacks update {update} or its sketches; was a part damaged or removed?"
+            )
     return Sketches(
         updates,
         np.stack([found["gradient"][update] for update in updates.tolist()]),
         np.stack([found["step"][update] for update in updates.tolist()]),
-        next(iter(found["weights"].values())),
+        found["weights"][0],
     )
 
 

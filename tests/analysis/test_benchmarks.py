@@ -43,7 +43,7 @@ def test_sketch_error(tmp_path: Path) -> None:
     assert error["pairs"] >= 1000
     assert error["rms_error"] <= 0.01
     assert error["largest_error"] <= 0.035
-    assert 0.7 < error["rms_error"] / error["rms_standard_error"] < 1.3
+    assert 0.4 < error["rms_error"] / error["rms_standard_error"] < 1.3  # 1,275 pairs, but few independent ones
     low, _, _, _, high = error["cosines_quantiles"]
     assert -1.00001 < low < -0.5 < 0.5 < high < 1.00001
     assert error["directions"]["SFT, PPO unclipped with A > 0"][0] > 0.9  # ratios are still near 1

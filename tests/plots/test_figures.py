@@ -159,6 +159,10 @@ def test_scripts(script: str, out: str, tiny_replay: Path, tmp_path: Path) -> No
             assert row["final_action_prob"] == pytest.approx(one.sort_values("step")["action_prob"].iloc[-1])
 
 
+def cosine_of(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
 def test_the_table_of_directionality(tiny_replay: Path, tmp_path: Path) -> None:
     target = tmp_path / "table.csv"
     done = subprocess.run(
@@ -172,10 +176,14 @@ def test_the_table_of_directionality(tiny_replay: Path, tmp_path: Path) -> None:
     for _, row in table.iterrows():
         found = run.sketches(variant=row["variant"], seed=row["seed"])
         ways = [found.steps[t:].sum(axis=0, dtype=float) for t in range(12)]
-        cosines = [-g @ w / np.linalg.norm(g) / np.linalg.norm(w) for g, w in zip(found.gradients, ways, strict=True)]
+        cosines = [-cosine_of(g, w) for g, w in zip(found.gradients, ways, strict=True)]
         assert row["first"] == pytest.approx(cosines[0], abs=1e-5)
         assert row["last"] == pytest.approx(cosines[-1], abs=1e-5)
         assert row["mean"] == pytest.approx(np.mean(cosines), abs=1e-5)
         assert row["share_positive"] == np.mean(np.array(cosines) > 0)
         assert row["share_surely_positive"] <= row["share_positive"] <= 1 - row["share_surely_negative"]
+        five = [cosine_of(found.gradients[t], found.gradients[t + 5]) for t in range(7)]
+        assert row["five_apart"] == pytest.approx(np.mean(five), abs=1e-5)
+        later = [-cosine_of(found.gradients[t], ways[t + 1]) for t in range(11)]
+        assert row["mean_later"] == pytest.approx(np.mean(later), abs=1e-5)
         assert row["mean_low"] < row["mean"] < row["mean_high"]

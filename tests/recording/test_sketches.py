@@ -139,5 +139,10 @@ def test_cut_short(tmp_path: Path, device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"part-000001.parquet' is damaged"):
         run.sketches()
     part.unlink()
-    with pytest.raises(ValueError, match="lacks the gradient sketch of update 2"):
+    with pytest.raises(ValueError, match="lacks update 2 or its sketches"):
+        run.sketches()
+    part.write_bytes(content)
+    assert np.array_equal(run.sketches().steps, whole.steps[:4])
+    (tmp_path / "run" / "updates" / "part-000000.parquet").unlink()  # steps 0 and 1 are no part of the sum any more
+    with pytest.raises(ValueError, match="lacks update 0"):
         run.sketches()
