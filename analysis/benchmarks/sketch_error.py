@@ -1,6 +1,6 @@
 """How far off are cosines of real gradients from their sketches, and what does a sketch cost?
 
-    python analysis/benchmarks/sketch_error.py              (6 minutes on 2 cores, 14 GB of temporary files)
+    python analysis/benchmarks/sketch_error.py              (6 minutes on 2 idle cores, 14 GB of temporary files)
     python analysis/benchmarks/sketch_error.py --model tiny --out FILE      (10 seconds)
 
 51 gradients of one replay batch: 7 objectives, the tokens with A > 0 and with A < 0, and each completion as a
