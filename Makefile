@@ -36,11 +36,14 @@ reproduce: install
 	$(BIN)/python figures/stability.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python figures/convexity.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python figures/audit.py $(RUNS)/tiny
+	$(BIN)/python figures/directionality.py $(RUNS)/tiny
 	$(BIN)/python analysis/stability.py $(RUNS)/tiny $(RUNS)/smollm2
+	$(BIN)/python analysis/directionality.py $(RUNS)/tiny $(RUNS)/smollm2
 
 benchmark: install
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py
 	$(BIN)/python analysis/benchmarks/hvp.py
+	$(BIN)/python analysis/benchmarks/sketch_error.py
 
 test: install
 	$(BIN)/python -m pytest -q

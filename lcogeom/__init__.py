@@ -13,7 +13,16 @@ from lcogeom.curvature import (
     hvp,
     model_hessian,
 )
-from lcogeom.geometry import LogitHessian
+from lcogeom.geometry import (
+    Cosines,
+    GradientCosines,
+    LogitHessian,
+    cosine,
+    directionality,
+    gradient_cosines,
+    sketch,
+    sketch_cosines,
+)
 from lcogeom.objectives import (
     ActionObjective,
     AdamState,
@@ -33,7 +42,7 @@ from lcogeom.objectives import (
     objective_names,
 )
 from lcogeom.recording import Probe, TapError, attach
-from lcogeom.runs import Run, load_run
+from lcogeom.runs import Run, Sketches, load_run
 
 __version__ = "0.1.0"
 
@@ -43,6 +52,8 @@ __all__ = [
     "AuditReport",
     "AutogradObjective",
     "Choice",
+    "Cosines",
+    "GradientCosines",
     "Guarded",
     "Intervention",
     "LastLayer",
@@ -53,6 +64,7 @@ __all__ = [
     "RouteCheck",
     "RouteError",
     "Run",
+    "Sketches",
     "StepAudit",
     "TapError",
     "TokenBatch",
@@ -63,8 +75,11 @@ __all__ = [
     "audit_step",
     "autograd_objective",
     "check_hvp",
+    "cosine",
+    "directionality",
     "flat_matvec",
     "ggn_vector_product",
+    "gradient_cosines",
     "hvp",
     "intervention",
     "intervention_names",
@@ -72,4 +87,6 @@ __all__ = [
     "model_hessian",
     "objective",
     "objective_names",
+    "sketch",
+    "sketch_cosines",
 ]

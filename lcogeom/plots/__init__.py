@@ -2,6 +2,7 @@
 
 from lcogeom.plots.audit import audit_figure
 from lcogeom.plots.convexity import convexity_figure
-from lcogeom.plots.stability import stability_figure
+from lcogeom.plots.directions import directions_figure
+from lcogeom.plots.stability import stability_figure, title_of
 
-__all__ = ["audit_figure", "convexity_figure", "stability_figure"]
+__all__ = ["audit_figure", "convexity_figure", "directions_figure", "stability_figure", "title_of"]

@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from lcogeom.recording.sketching import UpdateSketches
+
 SEPARATE = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
 FUSED = {"qkv_proj", "c_attn", "Wqkv", "W_pack", "query_key_value"}
 INTERLEAVED = {"query_key_value"}  # [q of the group's heads, k, v] for each key/value head, not q | k | v
@@ -21,7 +23,10 @@ PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one
 class GradientMeter:
     """Watches the parameters that an optimiser updates. Every result is a 0-d tensor on its device: no sync here."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, sketch: int = 0, sketch_layers: bool = False
+    ) -> None:
+        """sketch: numbers kept of each gradient and step, 0 for none; sketch_layers: of each layer's part too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters: list[tuple[str, torch.nn.Parameter]] = []
         self._members: dict[tuple[str, str], list[int]] = defaultdict(list)  # (scope, name) -> places in _parameters
@@ -37,6 +42,10 @@ class GradientMeter:
             raise ValueError(
                 "optimizer: it updates none of this model's trainable parameters. Pass the pair that trains."
             )
+        self._sketches: UpdateSketches | None = None
+        if sketch:
+            layers = [layer_of(name) for name, _ in self._parameters]
+            self._sketches = UpdateSketches([p for _, p in self._parameters], layers, sketch, sketch_layers)
         self._layouts = attention_layouts(model)
         self._arrived: dict[int, Tensor] = {}  # place -> squared norm before clipping
         self._attention: dict[int, Tensor] = {}  # place -> Frobenius norms of its q, k, v parts
@@ -71,6 +80,8 @@ class GradientMeter:
         """Norms of the gradient, and its cosine with the last one; keeps copies of parameters and gradient."""
         if self._before is None:
             self._before = [torch.empty_like(_flat(parameter)) for _, parameter in self._parameters]
+            for place, (_, parameter) in enumerate(self._parameters):
+                self._sketch("weights", place, parameter)
         now, last, along = _Sum(), _Sum(), _Sum()
         comparable = True  # with the last update: every gradient here was there too
         with torch.no_grad():
@@ -80,6 +91,7 @@ class GradientMeter:
                 if gradient is None:
                     self._gradient[place] = None
                     continue
+                self._sketch("gradient", place, gradient)
                 if kept is None:
                     kept = self._gradient[place] = torch.zeros_like(_flat(gradient))
                     comparable = False
@@ -119,6 +131,7 @@ class GradientMeter:
                     if force is not None:
                         forces.add(_square(force))
                         along.add(_dot(backwards, force))
+                self._sketch("step", place, self._before[place], sign=-1.0)  # it holds theta_old - theta_new now
         found = {"update_norm": _root_of_sum(step.total() for step in steps)}
         if forces.terms:
             found["step_grad_cos"] = along.total() / (found["update_norm"] * forces.root())
@@ -132,6 +145,14 @@ class GradientMeter:
         self._arrived.clear()
         self._attention.clear()
         return found, rows
+
+    def sketches(self) -> list[tuple[str, str | None, Tensor]]:
+        """(vector, layer or None for the whole, sketch) of the update that after_step saw; none if not asked for."""
+        return [] if self._sketches is None else self._sketches.take()
+
+    def _sketch(self, vector: str, place: int, values: Tensor, sign: float = 1.0) -> None:
+        if self._sketches is not None:
+            self._sketches.add(vector, place, values, sign)
 
 
 def layer_of(name: str) -> str:

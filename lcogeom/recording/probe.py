@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.audit import StepAuditor
@@ -46,6 +47,8 @@ class Probe:
         seed: int,
         tokenizer: transformers.PreTrainedTokenizerBase | None,
         audit_every: int | None,
+        sketch: int,
+        sketch_layers: bool,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -56,7 +59,7 @@ class Probe:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
         self._head = output_head(model)
-        self._meter = GradientMeter(model, optimizer)
+        self._meter = GradientMeter(model, optimizer, sketch=sketch, sketch_layers=sketch_layers)
         self._tap: Tap = (
             logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
         )
@@ -240,6 +243,7 @@ class Probe:
                 "seconds": time.monotonic() - self._started,
                 "values": self._now | found | audit,
                 "norms": norms,
+                "sketches": self._meter.sketches(),
                 "measured": self._measured,
                 "losses": self._losses,
                 "mismatches": self._mismatches,
@@ -279,6 +283,9 @@ class Probe:
         norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
         norms["step"] = [step] * len(norms["name"])
         self._writer.add("norms", norms)
+        for vector, layer, values in update["sketches"]:
+            content = values.cpu().numpy().astype("<f4").tobytes()
+            self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
         losses = [float(loss) for loss in update["losses"]]
         row: dict[str, object] = {
             "step": step,
@@ -323,6 +330,8 @@ def attach(
     flush_every: int = 10,
     seed: int = 0,
     audit_every: int | None = None,
+    sketch: int | None = SKETCH_SIZE,
+    sketch_layers: bool = False,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -345,6 +354,9 @@ def attach(
         audit_every: take apart what updates 0, k, 2k, ... did to the mean of `objective` over their completion tokens
             (the columns `audit_...`, see `audit_step`): the update's forward passes run again, without dropout, for
             about the time of six updates. Needs `objective`, and batch() before every backward pass.
+        sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
+            afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
+        sketch_layers: keep the part of each layer as well, at that size for each.
 
     Raises:
         FileExistsError: `run` exists.
@@ -374,6 +386,7 @@ def attach(
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "tokens_per_update": tokens_per_update,
+        "sketch": sketch or 0,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -391,6 +404,8 @@ def attach(
             seed=seed,
             tokenizer=tokenizer,
             audit_every=audit_every,
+            sketch=sketch or 0,
+            sketch_layers=sketch_layers,
         )
     except (TapError, TypeError, ValueError):
         shutil.rmtree(writer.path)  # made a moment ago, empty

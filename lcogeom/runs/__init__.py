@@ -2,6 +2,7 @@
 
 from lcogeom.runs.columns import COLUMNS, Column, glossary
 from lcogeom.runs.reading import Run, load_run
+from lcogeom.runs.sketches import Sketches
 from lcogeom.runs.store import RunWriter, create_folder
 
-__all__ = ["COLUMNS", "Column", "Run", "RunWriter", "create_folder", "glossary", "load_run"]
+__all__ = ["COLUMNS", "Column", "Run", "RunWriter", "Sketches", "create_folder", "glossary", "load_run"]

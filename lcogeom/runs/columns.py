@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 import pyarrow as pa
 
-TABLES = ("tokens", "norms", "updates")
-"""In the order in which they are flushed: an update's row appears only after its tokens and norms."""
+TABLES = ("sketches", "tokens", "norms", "updates")
+"""In the order in which they are flushed: an update's row appears only after its tokens, norms and sketches."""
 
 SIGNS = {"_positive": "tokens with A > 0", "_negative": "tokens with A < 0"}
 
@@ -18,7 +18,7 @@ class Column:
     table: str
     name: str
     type: str
-    """int64, float64, bool or string; null where a value is not known."""
+    """int64, float64, bool, string or binary; null where a value is not known."""
     unit: str
     meaning: str
 
@@ -115,6 +115,14 @@ COLUMNS: list[Column] = [
     Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
     Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
     Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
+    Column("sketches", "step", "int64", "1", "the update"),
+    Column(
+        "sketches", "vector", "string", "", "'gradient' g_t as the optimiser got it, 'step' d_t, or 'weights' theta_t"
+    ),
+    Column("sketches", "layer", "string", "", "module path of the layer whose part this is; null: all parameters"),
+    Column(
+        "sketches", "values", "binary", "of vector", "its linear sketch (lcogeom.sketch, seed 0): little-endian float32"
+    ),
 ]
 
 

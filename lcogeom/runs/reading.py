@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcogeom.runs.columns import TABLES, glossary, schema
+from lcogeom.runs.columns import glossary, schema
+from lcogeom.runs.sketches import Sketches, read_sketches
 from lcogeom.runs.store import COLLECTION, SCHEMA_VERSION
+
+FRAMES = ("updates", "tokens", "norms")
+"""The tables read by load_run. Sketches are large and read when asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,26 @@ class Run:
     damaged: tuple[str, ...]
     """Part files that could not be read and were left out."""
 
+    def sketches(self, layer: str | None = None, **labels: object) -> Sketches:
+        """The sketches of every gradient and step, read from the folder now; 128 KiB an update by default.
+
+        Args:
+            layer: of one layer's part (recorded with `attach(..., sketch_layers=True)`), such as "model.layers.3".
+            labels: of a collection's run: run.sketches(variant="ppo", seed=0).
+
+        Raises:
+            ValueError: no run, or several, with these labels; nothing sketched; no such layer.
+        """
+        found = [folder for folder, given in _members(self.path, self.meta) if labels.items() <= given.items()]
+        if len(found) != 1:
+            known = ", ".join(f"{name}={value!r}" for name, value in labels.items()) or "no labels"
+            raise ValueError(
+                f"labels: {len(found)} runs of {str(self.path)!r} have {known}; name exactly one, for example "
+                'run.sketches(variant="ppo", seed=0).'
+            )
+        steps = _read_parts(found[0], "updates", [])["step"]
+        return read_sketches(found[0], steps.to_numpy(int), layer)
+
 
 def load_run(path: str | Path) -> Run:
     """Read a run folder, or a collection of run folders (as `lcogeom replay` writes it).
@@ -51,12 +76,8 @@ def load_run(path: str | Path) -> Run:
     if meta["kind"] != COLLECTION:
         frames = _read_tables(path, damaged)
     else:
-        parts: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
-        for folder in sorted(found.parent for found in path.rglob("run.json") if found.parent != path):
-            if folder.relative_to(path).parts[0].startswith("."):
-                continue
-            labels = _read_meta(folder).get("labels") or {}
-            assert isinstance(labels, dict)
+        parts: dict[str, list[pd.DataFrame]] = {table: [] for table in FRAMES}
+        for folder, labels in _members(path, meta):
             for table, frame in _read_tables(folder, damaged).items():
                 for place, (label, value) in enumerate(labels.items()):
                     frame.insert(place, label, value)
@@ -68,6 +89,19 @@ def load_run(path: str | Path) -> Run:
     for name in damaged:
         warnings.warn(f"run {str(path)!r}: part {name} is damaged and was left out", stacklevel=2)
     return Run(path, meta, frames["updates"], frames["tokens"], frames["norms"], glossary(), tuple(damaged))
+
+
+def _members(path: Path, meta: Mapping[str, object]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run folders of a collection with their labels; a run is its own only member."""
+    folders = [path]
+    if meta["kind"] == COLLECTION:
+        folders = sorted(found.parent for found in path.rglob("run.json") if found.parent != path)
+    for folder in folders:
+        if folder != path and folder.relative_to(path).parts[0].startswith("."):
+            continue
+        labels = _read_meta(folder).get("labels") or {}
+        assert isinstance(labels, dict)
+        yield folder, labels
 
 
 def _read_meta(path: Path) -> dict[str, object]:

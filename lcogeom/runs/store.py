@@ -3,6 +3,7 @@
 run.json                    schema version, kind, labels, whatever the writer wants kept
 tokens/part-000000.parquet  one part per flush, complete or absent: written aside, synced, renamed
 norms/part-000000.parquet
+sketches/part-000000.parquet
 updates/part-000000.parquet last in each flush, so that an update's row vouches for its tokens
 """
 

@@ -40,3 +40,21 @@ def test_hvp() -> None:
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("| llama"))
     assert line.count("[") == 4  # a ratio with its range for each of our products
+
+
+def test_sketch_error(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "sketch_error.py"), "--model", "tiny", "--out", str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    error = json.loads(out.read_text())["error"]
+    assert error["pairs"] >= 1000
+    assert error["rms_error"] <= 0.01
+    assert error["largest_error"] <= 0.035
+    assert 0.4 < error["rms_error"] / error["rms_standard_error"] < 1.3  # 1,275 pairs, but few independent ones
+    low, _, _, _, high = error["cosines_quantiles"]
+    assert -1.00001 < low < -0.5 < 0.5 < high < 1.00001
+    assert error["directions"]["SFT, PPO unclipped with A > 0"][0] > 0.9  # ratios are still near 1
+    assert str(Path.home()) not in out.read_text()

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import lcogeom as lg
-from lcogeom.plots import audit_figure, convexity_figure, stability_figure
+from lcogeom.plots import audit_figure, convexity_figure, directions_figure, stability_figure
 from lcogeom.plots.convexity import PHASE_VARIANTS, same_series
 from lcogeom.plots.stability import PANELS
 from lcogeom.plots.style import LINES, line_of, variants
@@ -55,6 +55,44 @@ def test_convexity_draws_the_recorded_tokens(recorded: lg.Run) -> None:
     np.testing.assert_allclose(points[:, 1], tokens["advantage"] * tokens["ratio"])
     np.testing.assert_allclose(points[:, 0], tokens["prob"].clip(1e-6, 1 - 1e-6))
     plt.close(figure)
+
+
+def test_directions_draws_the_recorded_cosines(recorded: lg.Run) -> None:
+    """Maps, lines and the error band against cosines of the stored sketches, by another route."""
+    tables, maps = [], {}
+    for variant in ("ppo", "lco-kld"):
+        for seed in (0, 1):
+            found = recorded.sketches(variant=variant, seed=seed)
+            towards = lg.directionality(found.gradients, found.steps)
+            columns = {"step": found.updates, "cosine": towards.values, "standard_error": towards.standard_error}
+            tables.append(pd.DataFrame({"variant": variant, "seed": seed, **columns}))
+        maps[variant] = lg.sketch_cosines(found.gradients).values
+    figure = directions_figure(maps, pd.concat(tables), "two seeds")
+    for axes, variant in zip(figure.axes, maps, strict=False):
+        assert axes.get_title() == line_of(variant).label
+        found = recorded.sketches(variant=variant, seed=1).gradients
+        image = axes.images[0]
+        np.testing.assert_allclose(image.get_array(), np.corrcoef(found), atol=0.05)  # sketches have mean about 0
+        assert image.get_clim() == (-1, 1)
+    lines = {line.get_label(): line for line in figure.axes[-1].lines}
+    for variant in maps:
+        drawn = lines[line_of(variant).label].get_ydata()
+        rows = recorded.updates[(recorded.updates["variant"] == variant) & (recorded.updates["step"] == 11)]
+        ends = rows["step_grad_cos"]
+        assert len(ends) == 2
+        assert drawn[-1] == pytest.approx(np.mean(ends), abs=0.02)  # the last step is the whole way left
+    band = figure.axes[-1].collections[0].get_datalim(figure.axes[-1].transData)
+    assert 0 < band.ymax == -band.ymin <= 2 / np.sqrt(16384)
+    plt.close(figure)
+
+
+def test_directions_needs_something_to_draw() -> None:
+    frame = pd.DataFrame({"variant": ["a"], "seed": [0], "step": [0], "cosine": [1.0], "standard_error": [0.0]})
+    for maps, table, words in (({}, frame, "0 maps"), ({"a": np.eye(2)}, frame[:0], "no rows")):
+        with pytest.raises(ValueError, match=words):
+            directions_figure(maps, table)
+    with pytest.raises(ValueError, match="5 maps"):
+        directions_figure(dict.fromkeys("abcde", np.eye(2)), frame)
 
 
 def test_equal_lines_are_drawn_once(recorded: lg.Run) -> None:
@@ -100,7 +138,9 @@ def run_script(script: str, run: Path, target: Path) -> None:
     assert str(target) in done.stdout
 
 
-@pytest.mark.parametrize("script", ["figures/stability.py", "figures/convexity.py", "figures/audit.py"])
+@pytest.mark.parametrize(
+    "script", ["figures/stability.py", "figures/convexity.py", "figures/audit.py", "figures/directionality.py"]
+)
 def test_figure_scripts(script: str, tiny_replay: Path, tmp_path: Path) -> None:
     run_script(script, tiny_replay, tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -147,3 +187,28 @@ def test_audit_draws_the_recorded_parts(tmp_path: Path, recorded: lg.Run) -> Non
     settings = ReplaySettings(model="tiny", sequences=4, updates=1, objectives=("sft",))
     with pytest.raises(ValueError, match="holds no audits"):
         audit_figure(lg.load_run(replay(settings, tmp_path / "plain")))
+
+
+def cosine_of(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_the_table_of_directionality(tiny_replay: Path, tmp_path: Path) -> None:
+    run_script("analysis/directionality.py", tiny_replay, tmp_path / "a.csv")
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert len(table) == 2 * len(DEFAULT_OBJECTIVES)
+    run = lg.load_run(tiny_replay)
+    for _, row in table.iterrows():
+        found = run.sketches(variant=row["variant"], seed=row["seed"])
+        ways = [found.steps[t:].sum(axis=0, dtype=float) for t in range(12)]
+        cosines = [-cosine_of(g, w) for g, w in zip(found.gradients, ways, strict=True)]
+        assert row["first"] == pytest.approx(cosines[0], abs=1e-5)
+        assert row["last"] == pytest.approx(cosines[-1], abs=1e-5)
+        assert row["mean"] == pytest.approx(np.mean(cosines), abs=1e-5)
+        assert row["share_positive"] == np.mean(np.array(cosines) > 0)
+        assert row["share_surely_positive"] <= row["share_positive"] <= 1 - row["share_surely_negative"]
+        five = [cosine_of(found.gradients[t], found.gradients[t + 5]) for t in range(7)]
+        assert row["five_apart"] == pytest.approx(np.mean(five), abs=1e-5)
+        later = [-cosine_of(found.gradients[t], ways[t + 1]) for t in range(11)]
+        assert row["mean_later"] == pytest.approx(np.mean(later), abs=1e-5)
+        assert row["mean_low"] < row["mean"] < row["mean_high"]

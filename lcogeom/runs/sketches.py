@@ -1,0 +1,79 @@
+"""Reading the stored sketches of one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+VECTORS = ("gradient", "step", "weights")
+
+
+@dataclass(frozen=True, eq=False)
+class Sketches:
+    """One run's sketches, a row for each update (`lcogeom.sketch` with seed 0)."""
+
+    updates: np.ndarray
+    """(T,) int64, the column `step` of the updates table."""
+    gradients: np.ndarray
+    """(T, size) float32, of g_t as the optimiser received it: clipped, unscaled, accumulated."""
+    steps: np.ndarray
+    """(T, size) float32, of d_t = theta_t+1 - theta_t."""
+    start: np.ndarray
+    """(size,) float32, of the parameters before the first recorded update."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(T, size) float64, of theta_t before each update: `start` plus the steps before it."""
+        moved = np.cumsum(self.steps[:-1], axis=0, dtype=np.float64)
+        return self.start + np.concatenate([np.zeros((1, self.start.size)), moved])
+
+
+def read_sketches(path: Path, updates: np.ndarray, layer: str | None) -> Sketches:
+    """The sketches of a run folder's whole parts, of updates that are in `updates`.
+
+    Raises:
+        ValueError: nothing was sketched, or not this layer, or an update before the last is missing.
+    """
+    parts = []
+    for file in sorted((path / "sketches").glob("part-*.parquet")):
+        try:
+            table = pq.read_table(file, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"run: {str(file)!r} is damaged ({str(error).splitlines()[0]}).") from error
+        chosen = pc.is_null(table["layer"]) if layer is None else pc.equal(table["layer"], layer)
+        parts.append(table.filter(pc.fill_null(chosen, False)))
+        if layer is not None and not len(parts[-1]):
+            names = sorted(set(table["layer"].to_pylist()) - {None})
+            raise ValueError(
+                f"layer: {layer!r} has no sketches in {str(path)!r}; there are {', '.join(names) or 'none'}."
+            )
+    if not parts or not len(updates):
+        raise ValueError(
+            f"run: {str(path)!r} holds no sketches of finished updates. Record them with attach(..., sketch=16384)."
+        )
+    rows = pa.concat_tables(parts)
+    found = {vector: _vectors(rows, vector) for vector in VECTORS}
+    updates = np.sort(updates)
+    for update in range(int(updates[-1]) + 1):  # a gap would make every sum of steps wrong
+        if update not in updates or update not in found["gradient"] or update not in found["step"]:
+            raise ValueError(
+                f"run: {str(path)!r} lacks update {update} or its sketches; was a part damaged or removed?"
+            )
+    return Sketches(
+        updates,
+        np.stack([found["gradient"][update] for update in updates.tolist()]),
+        np.stack([found["step"][update] for update in updates.tolist()]),
+        found["weights"][0],
+    )
+
+
+def _vectors(rows: pa.Table, vector: str) -> dict[int, np.ndarray]:
+    """Update -> sketch."""
+    some = rows.filter(pc.equal(rows["vector"], vector))
+    values = (np.frombuffer(value.as_buffer(), dtype="<f4") for value in some["values"])
+    return dict(zip(some["step"].to_pylist(), values, strict=True))
