@@ -1,7 +1,7 @@
 """lcogeom: gradient geometry for the policy optimisation of language models."""
 
 from lcogeom.audit import AuditReport, audit_file
-from lcogeom.geometry import LogitHessian
+from lcogeom.geometry import LogitHessian, UpdateKl, token_kl, update_kl
 from lcogeom.objectives import (
     ActionObjective,
     AdamState,
@@ -40,6 +40,7 @@ __all__ = [
     "Run",
     "TapError",
     "TokenBatch",
+    "UpdateKl",
     "Verdict",
     "action_objective",
     "attach",
@@ -50,4 +51,6 @@ __all__ = [
     "load_run",
     "objective",
     "objective_names",
+    "token_kl",
+    "update_kl",
 ]
