@@ -20,8 +20,8 @@ def exact_kl(before: Tensor, after: Tensor, digits: int = 80) -> list[mpmath.mpf
     with mpmath.workdps(digits):
         for row, moved in zip(before.double().tolist(), after.double().tolist(), strict=True):
             logs = []
-            for z in (row, moved):
-                z = [mpmath.mpf(value) for value in z]
+            for logits in (row, moved):
+                z = [mpmath.mpf(value) for value in logits]
                 norm = mpmath.log(mpmath.fsum(mpmath.exp(value) for value in z))
                 logs.append([value - norm for value in z])
             found.append(mpmath.fsum(mpmath.exp(p) * (p - q) for p, q in zip(*logs, strict=True)))
