@@ -36,7 +36,7 @@ from lcogeom.training.replay import (
 OBJECTIVES = ("ppo", "reinforce", "lco-kld")
 # The SGD rates move the policy about as far as AdamW's do.
 SETUPS = {
-    "tiny": {"replay": {"sequences": 16, "seeds": 3, "updates": 40}, "adamw": 3e-4, "sgd": 1e-2},
+    "tiny": {"replay": {"sequences": 16, "seeds": 3, "updates": 40}, "adamw": 3e-4, "sgd": 1e-3},
     "smollm2": {
         "replay": {"sequences": 6, "seeds": 1, "updates": 3, "max_new_tokens": 4},
         "adamw": 1e-5,
@@ -48,7 +48,7 @@ TERMS = ("m_H", "m_F_empirical", "m_F_exact")
 BLOCK = 5  # consecutive updates that are drawn together
 DRAWS = 400
 FEWEST = 10  # rows, below which no correlation is reported
-LEVELS = (  # (as printed, level of the rows, suffix of the columns, what is drawn together; None: correlation within one)
+LEVELS = (  # (as printed, level and columns' suffix, what is drawn together; None: correlation within an update)
     ("token, own step", "token", "", ["seed", "sequence"]),
     ("  within an update", "token", "", None),
     ("token, update's step", "token", "_in_update", ["seed", "sequence"]),
