@@ -1,4 +1,4 @@
-# make reproduce   the stability plots and the table, from nothing: about 15 minutes on 2 cores after the install
+# make reproduce   every figure and table, from nothing: about 20 minutes on 2 cores after the install
 # make test        the tests; make test-slow adds the long ones; make lint checks style and types
 # Every target first makes the environment it needs in $(VENV).
 
@@ -36,6 +36,8 @@ reproduce: install
 	$(BIN)/python figures/stability.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python figures/convexity.py $(RUNS)/tiny $(RUNS)/smollm2
 	$(BIN)/python analysis/stability.py $(RUNS)/tiny $(RUNS)/smollm2
+	$(BIN)/python analysis/capo.py
+	$(BIN)/python figures/capo.py
 
 benchmark: install
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py

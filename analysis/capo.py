@@ -48,6 +48,7 @@ TERMS = ("m_H", "m_F_empirical", "m_F_exact")
 BLOCK = 5  # consecutive updates that are drawn together
 DRAWS = 400
 FEWEST = 10  # rows, below which no correlation is reported
+FEWEST_CLUSTERS = 5  # below which no interval is
 LEVELS = (  # (as printed, level and columns' suffix, what is drawn together; None: correlation within an update)
     ("token, own step", "token", "", ["seed", "sequence"]),
     ("  within an update", "token", "", None),
@@ -198,6 +199,8 @@ def correlations(table: pd.DataFrame) -> tuple[Table, Table]:
             found = np.insert(found, 2, found[:, 1] - found[:, 0], axis=1)
             low, high = np.nanquantile(found[1:], [0.025, 0.975], axis=0)
             cells = [f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in zip(found[0], low, high, strict=True)]
+            if len(rows[clusters or ["seed", "block"]].drop_duplicates()) < FEWEST_CLUSTERS:
+                cells = [f"{a:.2f}" for a in found[0]]
             divergence.add_row(" ".join(map(str, key)), label, *cells[:5])
             rise.add_row(" ".join(map(str, key)), label, *cells[5:])
     return divergence, rise

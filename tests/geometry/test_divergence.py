@@ -74,11 +74,20 @@ def test_saturated_token_that_loses_its_mass(top: float) -> None:
     assert worst_error(before, after, digits=500) < TOLERANCE
 
 
-def test_small_steps_that_nothing_but_the_rare_ids_make() -> None:
-    """p_a = 1 - 1e-26 and only the other ids move, by 1e-5: KL = 1e-36."""
-    before = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64)
-    after = before + torch.tensor([[0.25, 0.25 + 2**-17, 0.25 - 2**-16]], dtype=torch.float64)
-    assert lg.token_kl(before, after).item() < 1e-35
+def test_a_kl_of_thousands() -> None:
+    """The likeliest id falls by 2000: e^x overflows, the KL does not."""
+    before = torch.tensor([[3.0, 1.0, -2.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
+    after = before - torch.tensor([[2000.0, 0.0, 0.0], [1e6, 1e5, 0.0]], dtype=torch.float64)
+    assert lg.token_kl(before, after).min() > 1000
+    assert worst_error(before, after) < TOLERANCE
+
+
+@pytest.mark.parametrize(("top", "size"), [(60.0, 2.0**-17), (30.0, 2.0**-24)])
+def test_small_steps_that_nothing_but_the_rare_ids_make(top: float, size: float) -> None:
+    """p_a = 1 - e^-top and all ids rise by 0.3, the others by 1e-5 or 1e-7 more or less: the 0.3 rounds away."""
+    before = torch.tensor([[top, 0.0, 0.0]], dtype=torch.float64)
+    after = before + torch.tensor([[0.3, 0.3 + size, 0.3 - 2 * size]], dtype=torch.float64)
+    assert lg.token_kl(before, after).item() < 1e-25
     assert worst_error(before, after) < TOLERANCE
 
 
