@@ -5,8 +5,9 @@
 Real updates on replay batches under three objectives, with SGD and with AdamW. Before each update: m_H and m_F of the
 last layer (systems.md 2.3), from the optimiser's own moments. After it: the KL of the whole network's step at every
 completion token, the same had the output matrix alone moved, and the rise of -loss under both. A row per token, per
-completion and per update. Printed: Spearman correlations with 95 % bootstrap intervals over whole completions (token,
-sentence) or blocks of 5 updates (update, and the mean over updates of the correlation within one).
+completion and per update. Printed: Spearman correlations, those of 1 - p of the sampled action as a yardstick, with 95 %
+bootstrap intervals over whole completions (token, sentence) or blocks of 5 updates (update, and the mean over updates
+of the correlation within one).
 """
 
 from __future__ import annotations
@@ -98,14 +99,16 @@ def measured_update(
         before = objective.loss(logits, tokens)
         rise, rise_head = (before - objective.loss(moved, tokens) for moved in (after, head_only))
 
+    chosen = torch.log_softmax(logits, 1).gather(1, tokens.actions[:, None]).squeeze(1)
     each = pd.DataFrame(
         {"level": "token", "sequence": tokens.sequences.tolist()}
         | {name: getattr(predicted.token, name).tolist() for name in TERMS}
         | {f"{name}_in_update": getattr(predicted.token_in_update, name).tolist() for name in TERMS}
         | {"kl": kl.token.tolist(), "kl_head": kl_head.token.tolist()}
         | {"rise": rise.tolist(), "rise_head": rise_head.tolist()}
+        | {"complement": (-chosen.expm1()).tolist()}
     )
-    means = each.groupby("sequence")[["rise", "rise_head"]].mean().reset_index()
+    means = each.groupby("sequence")[["rise", "rise_head", "complement"]].mean().reset_index()
     sentences = means.assign(
         level="sentence",
         **{name: getattr(predicted.sentence, name).tolist() for name in TERMS},
@@ -115,6 +118,7 @@ def measured_update(
     whole = {name: getattr(predicted.update, name).item() for name in TERMS}
     whole |= {"kl": kl.mean.item(), "kl_head": kl_head.mean.item()}
     whole |= {"rise": rise.mean().item(), "rise_head": rise_head.mean().item()}
+    whole |= {"complement": each["complement"].mean()}
     return pd.concat([each, sentences, pd.DataFrame([{"level": "update", "sequence": -1} | whole])])
 
 
@@ -182,7 +186,7 @@ def correlations(table: pd.DataFrame) -> tuple[Table, Table]:
     for heading in ("model, optimiser, objective", "level"):
         divergence.add_column(heading, no_wrap=True)
         rise.add_column(heading, no_wrap=True)
-    for heading in ("empirical", "exact", "exact - empirical", "empirical, head", "exact, head"):
+    for heading in ("empirical", "exact", "exact - empirical", "1 - p", "empirical, head", "exact, head"):
         divergence.add_column(heading, justify="right", no_wrap=True)
     for heading in ("network", "head"):
         rise.add_column(heading, justify="right", no_wrap=True)
@@ -193,7 +197,7 @@ def correlations(table: pd.DataFrame) -> tuple[Table, Table]:
             if len(rows) < FEWEST:
                 continue
             empirical, exact, bend = f"m_F_empirical{suffix}", f"m_F_exact{suffix}", f"m_H{suffix}"
-            pairs = [(empirical, "kl"), (exact, "kl"), (empirical, "kl_head"), (exact, "kl_head")]
+            pairs = [(empirical, "kl"), (exact, "kl"), ("complement", "kl"), (empirical, "kl_head"), (exact, "kl_head")]
             pairs += [(bend, "rise"), (bend, "rise_head")]
             found = within(rows, pairs) if clusters is None else pooled(rows, pairs, clusters)
             found = np.insert(found, 2, found[:, 1] - found[:, 0], axis=1)
@@ -201,8 +205,8 @@ def correlations(table: pd.DataFrame) -> tuple[Table, Table]:
             cells = [f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in zip(found[0], low, high, strict=True)]
             if len(rows[clusters or ["seed", "block"]].drop_duplicates()) < FEWEST_CLUSTERS:
                 cells = [f"{a:.2f}" for a in found[0]]
-            divergence.add_row(" ".join(map(str, key)), label, *cells[:5])
-            rise.add_row(" ".join(map(str, key)), label, *cells[5:])
+            divergence.add_row(" ".join(map(str, key)), label, *cells[:6])
+            rise.add_row(" ".join(map(str, key)), label, *cells[6:])
     return divergence, rise
 
 
@@ -233,5 +237,5 @@ if __name__ == "__main__":
     found = [record(model, arguments.seeds, arguments.updates) for model in arguments.models or SETUPS]
     table = pd.concat(found, ignore_index=True)
     table.to_parquet(arguments.out, index=False)
-    Console(width=180).print(*correlations(table), scale(table))
+    Console(width=200).print(*correlations(table), scale(table))
     print(arguments.out)
