@@ -1,11 +1,11 @@
 """Do CAPO's m_H and m_F know what an update does, and does the exact Fisher know better?  ->  capo.parquet
 
-    python analysis/capo.py [tiny] [smollm2] [--out analysis/capo.parquet]        (tiny 75 s, smollm2 4 minutes)
+    python analysis/capo.py [tiny] [smollm2] [--out analysis/capo.parquet]        (tiny 1 minute, smollm2 4 minutes)
 
 Real updates on replay batches under three objectives, with SGD and with AdamW. Before each update: m_H and m_F of the
 last layer (systems.md 2.3), from the optimiser's own moments. After it: the KL of the whole network's step at every
 completion token, the same had the output matrix alone moved, and the rise of -loss under both. A row per token, per
-completion and per update. Printed: Spearman correlations, those of 1 - p of the sampled action as a yardstick, with 95 %
+completion and per update. Printed: Spearman correlations, with that of 1 - p of the sampled action as a yardstick; 95 %
 bootstrap intervals over whole completions (token, sentence) or blocks of 5 updates (update, and the mean over updates
 of the correlation within one).
 """
