@@ -1,4 +1,4 @@
-# make reproduce   the stability plots and the table, from nothing: about 15 minutes on 2 cores after the install
+# make reproduce   every figure and table, from nothing: about 20 minutes on 2 cores after the install
 # make test        the tests; make test-slow adds the long ones; make lint checks style and types
 # Every target first makes the environment it needs in $(VENV).
 

@@ -8,6 +8,7 @@ from lcogeom.geometry.direction import (
     gradient_cosines,
     sketch_cosines,
 )
+from lcogeom.geometry.divergence import UpdateKl, token_kl, update_kl
 from lcogeom.geometry.hessian import LogitHessian
 from lcogeom.geometry.sketch import sketch
 from lcogeom.geometry.softmax import TokenDistribution, token_distribution
@@ -17,10 +18,13 @@ __all__ = [
     "GradientCosines",
     "LogitHessian",
     "TokenDistribution",
+    "UpdateKl",
     "cosine",
     "directionality",
     "gradient_cosines",
     "sketch",
     "sketch_cosines",
     "token_distribution",
+    "token_kl",
+    "update_kl",
 ]

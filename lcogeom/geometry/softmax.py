@@ -111,8 +111,8 @@ def action_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     return _logprobs(chosen, others, gap).squeeze(1)
 
 
-def require_finite(logits: Tensor) -> None:
-    """Raise ValueError naming the first token whose logits hold NaN or an infinity."""
+def require_finite(logits: Tensor, name: str = "logits") -> None:
+    """Raise ValueError naming the argument and the first token whose logits hold NaN or an infinity."""
     # One sum sees every NaN and infinity; one that overflowed is looked at again.
     wide = torch.float32 if logits.dtype == torch.float16 else None
     sums = logits.detach().sum(dim=1, dtype=wide)
@@ -124,6 +124,6 @@ def require_finite(logits: Tensor) -> None:
     if broken.any():
         token = int(broken.nonzero()[0])
         raise ValueError(
-            f"logits: token {token} holds a NaN or an infinity ({int(broken.sum())} of {len(logits)} tokens do). "
+            f"{name}: token {token} holds a NaN or an infinity ({int(broken.sum())} of {len(logits)} tokens do). "
             "Drop those tokens, or replace masked entries by a large negative number."
         )

@@ -8,15 +8,18 @@ from lcogeom.objectives.base import Objective, TokenBatch, objective, objective_
 from lcogeom.objectives import capo, clip_bounds, sage  # noqa: F401  (they fill the interventions' registry)
 from lcogeom.objectives.interventions import Choice, Guarded, Intervention, Verdict, intervention, intervention_names
 from lcogeom.objectives.last_layer import AdamState, LastLayer
+from lcogeom.objectives.last_layer_curvature import CurvatureTerms, LastLayerCurvature, last_layer_curvature
 
 __all__ = [
     "ActionObjective",
     "AdamState",
     "AutogradObjective",
     "Choice",
+    "CurvatureTerms",
     "Guarded",
     "Intervention",
     "LastLayer",
+    "LastLayerCurvature",
     "Objective",
     "TokenBatch",
     "Verdict",
@@ -24,6 +27,7 @@ __all__ = [
     "autograd_objective",
     "intervention",
     "intervention_names",
+    "last_layer_curvature",
     "objective",
     "objective_names",
 ]

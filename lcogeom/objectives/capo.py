@@ -1,22 +1,7 @@
 """CAPO: drop the tokens whose own update the second-order model of the last layer does not trust (systems.md, 2).
 
-The model (arXiv 2510.00819, eqs 7-10): only the head W moves, by D, so the logits of a token move by u = D h. Then
-
-    m_H = -dL/dz . u - 1/2 u^T H u       predicted rise of the objective -L
-    m_F = 1/2 (v . u)^2                  predicted KL, v = e_a - p: the paper's, from the one sampled action
-          1/2 u^T S u                    the same, exact: what (v . u)^2 estimates where u does not depend on a
-
-for any loss L with logit gradient dL/dz and Hessian H; terms across tokens of a loss that couples them are not in it.
-For L = -A r at r = 1, the default, m_H and the empirical m_F are the paper's. Along a token's own gradient u does
-depend on a, and the empirical form is off by ||v||^4 / (v^T S v): above 100 on flat distributions of 1000 ids, below
-0.1 near p_a = 1.
-
-D is the step U(G) of the optimiser for the gradient G = dL/dz h^T of W:
-
-    token       G of the token itself
-    sentence    mean over the tokens of a completion (`TokenBatch.sequences`); m_H, m_F are means over them too
-    global      mean over the batch. The published code averages the terms after the first over completions first,
-                which is the same where they are equally long
+What it judges by, m_H and m_F at three levels, is in last_layer_curvature.py; without an objective it takes the paper's
+L = -A r at r = 1.
 
 A token counts where m_H and m_F pass:
 
@@ -43,25 +28,24 @@ Options, the same for the presets (published defaults, token level):
     sequential   judge each level on what the one before has left. The published code computes those values, for its
                  log, and decides on the first ones, which is sequential=False
 
-[systems.md 2.3, 2.4: confirmed in the code; the general form for any L, and fisher="exact", are derived here]
+[systems.md 2.4: confirmed in the code]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lcogeom.geometry.softmax import distributions
 from lcogeom.objectives.action import ActionObjective
 from lcogeom.objectives.base import Objective, TokenBatch
 from lcogeom.objectives.interventions import Intervention, Verdict, register, require_fields
-from lcogeom.objectives.last_layer import LastLayer, move_alone, move_together
+from lcogeom.objectives.last_layer import LastLayer
+from lcogeom.objectives.last_layer_curvature import LEVELS, measure
 
-LEVELS = ("token", "sentence", "global")
 PUBLISHED = {"capo": (0.01, 1e-4), "dr-capo": (5e-4, 1e-3), "rein-capo": (0.1, 1e-5)}  # name -> tau_h, tau_f
 Threshold = float | Mapping[str, float] | None
 
@@ -153,58 +137,6 @@ class CapoOptions:
             if self.sequential:
                 batch = batch.masked(accepted)
         return Verdict(accepted, scores)
-
-
-def measure(
-    level: str, logits: Tensor, batch: TokenBatch, objective: Objective, *, layer: LastLayer, ids: Tensor | None
-) -> dict[str, Tensor]:
-    """m_H, m_F_empirical and m_F_exact, (N,) float64 each; of a completion or the batch, at each of its tokens.
-
-    Args:
-        logits: (N, K), those of `ids` (N, K), or of the whole vocabulary where ids is None.
-    """
-    live = batch.kept(torch.ones(len(batch), dtype=torch.float64, device=logits.device))
-    # The one tensor of N x V, overwritten by the displacement: at V = 49,152, 192 MiB for 512 tokens.
-    moved = objective.gradient(logits, batch).double()
-    groups = [] if level == "token" else list(_groups(level, batch))
-    if groups:
-        change = torch.zeros_like(live)
-        for group in groups:
-            change[group] = move_together(layer, moved, ids, group, live)
-    else:
-        change = move_alone(layer, moved, ids)
-    rise = -change - objective.hessian(logits, batch).quadratic(moved) / 2
-    empirical, exact = _divergence(logits, batch.actions, moved)
-    measured = {"m_H": batch.kept(rise), "m_F_empirical": batch.kept(empirical), "m_F_exact": batch.kept(exact)}
-    for value in measured.values():
-        for group in groups:
-            value[group] = value[group].sum() / live[group].sum().clamp(min=1)
-    return measured
-
-
-def _divergence(logits: Tensor, actions: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-    """(1/2 (v . u)^2, 1/2 u^T S u), (N,) each, for u = moved (N, K)."""
-    empirical, exact = moved.new_empty(2, len(moved))
-    for rows, some in distributions(logits, actions):
-        u = moved[rows]
-        u = u - u.gather(1, some.probs.argmax(1, keepdim=True))  # a constant changes neither, but may cancel badly
-        u -= (some.probs * u).sum(1, keepdim=True)
-        empirical[rows] = u.gather(1, some.actions[:, None]).squeeze(1).square() / 2
-        exact[rows] = (some.probs * u.square()).sum(1) / 2
-    return empirical, exact
-
-
-def _groups(level: str, batch: TokenBatch) -> Iterator[slice | Tensor]:
-    """The tokens of each completion, or of the batch; slices where they lie together."""
-    if level == "global":
-        yield slice(0, len(batch))
-        return
-    assert batch.sequences is not None
-    order = batch.sequences.argsort(stable=True)
-    _, counts = batch.sequences[order].unique_consecutive(return_counts=True)
-    for group in order.split(counts.tolist()):
-        first, last = int(group[0]), int(group[-1])
-        yield slice(first, last + 1) if last - first + 1 == len(group) else group
 
 
 def _top_k(logits: Tensor, batch: TokenBatch, k: int) -> tuple[Tensor, TokenBatch, Tensor]:

@@ -51,18 +51,21 @@ class AdamState:
         if not (self.eps > 0 and float(self.step) >= 0):
             raise ValueError(f"eps, step: {self.eps} and {float(self.step)}; eps must be > 0 and step >= 0.")
 
-    def direction(self, gradient: Tensor, ids: Tensor) -> Tensor:
+    def direction(self, gradient: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
         """m_hat / (sqrt(v_hat) + eps) of the step that `gradient` would make, its shape (..., R, d).
 
-        ids: the head's rows that the last but one dimension stands for, (..., R).
+        moments: `prior` of those R rows of the head; they broadcast against `gradient`.
         """
         (beta1, beta2), after = self.betas, float(self.step) + 1
-        mean, square = self._moments(ids)
-        mean = mean.mul(beta1 / (1 - beta1**after)).add(gradient, alpha=(1 - beta1) / (1 - beta1**after))
-        square = square.mul(beta2 / (1 - beta2**after)).addcmul(
-            gradient, gradient, value=(1 - beta2) / (1 - beta2**after)
-        )
+        mean = torch.add(moments[0], gradient, alpha=(1 - beta1) / (1 - beta1**after))
+        square = torch.addcmul(moments[1], gradient, gradient, value=(1 - beta2) / (1 - beta2**after))
         return mean.div_(square.sqrt_().add_(self.eps))
+
+    def prior(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the moments of some rows, ids of any shape, put into m_hat and v_hat, (*ids.shape, d) float64 each."""
+        (beta1, beta2), after = self.betas, float(self.step) + 1
+        mean, square = self._moments(ids)
+        return mean * (beta1 / (1 - beta1**after)), square * (beta2 / (1 - beta2**after))
 
     def _moments(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Both moments of some rows, (*ids.shape, d) float64."""
@@ -114,10 +117,6 @@ class LastLayer:
                 f"exp_avg: {len(self.adam.exp_avg)} rows, but V = {vocab}; pass the ids of those as `rows`."
             )
 
-    def step(self, gradient: Tensor, ids: Tensor) -> Tensor:
-        """What the optimiser adds to some rows of W, the shape of `gradient`, (..., R, d); ids: (..., R)."""
-        return (gradient if self.adam is None else self.adam.direction(gradient, ids)) * -self.learning_rate
-
 
 def move_alone(layer: LastLayer, gradient: Tensor, ids: Tensor | None) -> Tensor:
     """Overwrite each token's dL/dz by u = D h, its displacement under its OWN step D = U(dL/dz h^T), for all N tokens.
@@ -138,15 +137,18 @@ def move_alone(layer: LastLayer, gradient: Tensor, ids: Tensor | None) -> Tensor
             change[rows] = scale[rows, 0] * gradient[rows].square().sum(1)
             gradient[rows] *= scale[rows]
         return change
-    every = torch.arange(width, device=gradient.device)
-    for rows in blocks((tokens, width * hidden.shape[1]), hidden.device):
-        for columns in blocks((width, hidden.shape[1]), hidden.device):
-            slope, h = gradient[rows, columns], hidden[rows]
-            names = every[columns] if ids is None else ids[rows, columns]
-            step = layer.step(slope[:, :, None] * h[:, None, :], names)  # (n, k, d), a block of it at a time
-            moved = torch.einsum("nkd,nd->nk", step, h)
+    adam, every = layer.adam, torch.arange(width, device=gradient.device)
+    for columns in blocks((width, hidden.shape[1]), hidden.device):
+        names = every[columns] if ids is None else ids[:, columns]
+        shared = adam.prior(names) if ids is None else None  # one read of the moments for all tokens
+        part = gradient[:, columns]
+        for rows in blocks((tokens, part.shape[1] * hidden.shape[1]), hidden.device):
+            slope, h = part[rows], hidden[rows]
+            moments = shared or adam.prior(names[rows])
+            step = adam.direction(slope[:, :, None] * h[:, None, :], moments)  # (n, k, d), a block of it at a time
+            moved = (step @ h[:, :, None]).squeeze(2) * -layer.learning_rate
             change[rows] += (slope * moved).sum(1)
-            gradient[rows, columns] = moved
+            part[rows] = moved  # a view of `gradient`
     return change
 
 
@@ -176,15 +178,16 @@ def move_together(
         names, where = ids[group].unique(return_inverse=True)
         dense = gradient.new_zeros(len(hidden), len(names)).scatter_(1, where, gradient[group])
         share = 1 / torch.zeros_like(dense).scatter_(1, where, live[:, None].expand(where.shape)).sum(0).clamp(min=1)
-    gram = hidden @ hidden.T if layer.adam is None else None
+    adam, gram = layer.adam, hidden @ hidden.T
     change = gradient.new_zeros(len(hidden))
     for columns in blocks((len(names), max(hidden.shape)), hidden.device):
         slope = dense[:, columns]
-        if gram is not None:
+        if adam is None:
             moved = gram @ (slope * (share[columns] * -layer.learning_rate))
         else:
             mean = (slope * share[columns]).T @ hidden
-            moved = hidden @ layer.step(mean, names[columns]).T
+            step = adam.direction(mean, adam.prior(names[columns]))
+            moved = hidden @ step.T * -layer.learning_rate
         change += (slope * moved).sum(1)
         dense[:, columns] = moved
     if where is not None:

@@ -1,8 +1,16 @@
 """Figures from recorded run folders, and only from them."""
 
 from lcogeom.plots.audit import audit_figure
+from lcogeom.plots.capo import capo_figure
 from lcogeom.plots.convexity import convexity_figure
 from lcogeom.plots.directions import directions_figure
 from lcogeom.plots.stability import stability_figure, title_of
 
-__all__ = ["audit_figure", "convexity_figure", "directions_figure", "stability_figure", "title_of"]
+__all__ = [
+    "audit_figure",
+    "capo_figure",
+    "convexity_figure",
+    "directions_figure",
+    "stability_figure",
+    "title_of",
+]

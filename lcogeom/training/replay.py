@@ -225,6 +225,23 @@ def completion_logits(model: transformers.PreTrainedModel, sequences: Sequences)
     return logits[sequences.action_mask[:, 1 - kept :]]
 
 
+def token_batch(batch: ReplayBatch, advantage: float | None = None) -> TokenBatch:
+    """The completion tokens as an objective needs them, in the order of `action_mask.nonzero()`.
+
+    advantage: of every token; None takes 2 * reward - 1 of the token's completion.
+    """
+    mask = batch.sequences.action_mask
+    places = mask.nonzero()[:, 0]
+    per_sequence = 2 * batch.rewards - 1 if advantage is None else torch.full_like(batch.rewards, advantage)
+    return TokenBatch(
+        actions=batch.sequences.input_ids[mask],
+        advantages=per_sequence[places],
+        old_logprobs=batch.old_logprobs[mask],
+        old_logits=batch.old_logits,
+        sequences=places,
+    )
+
+
 def one_update(
     model: transformers.PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -238,22 +255,15 @@ def one_update(
 
     advantage: of every token; None takes 2 * reward - 1 of the token's completion.
     """
-    sequences = batch.sequences
-    per_sequence = 2 * batch.rewards - 1 if advantage is None else torch.full_like(batch.rewards, advantage)
-    advantages = per_sequence[:, None].expand(sequences.input_ids.shape)
-    mask = sequences.action_mask
-    tokens = TokenBatch(
-        actions=sequences.input_ids[mask],
-        advantages=advantages[mask],
-        old_logprobs=batch.old_logprobs[mask],
-        old_logits=batch.old_logits,
-    )
+    sequences, mask = batch.sequences, batch.sequences.action_mask
+    tokens = token_batch(batch, advantage)
     loss = minimised.loss(completion_logits(model, sequences), tokens).mean()
     if probe is not None:
+        assert tokens.advantages is not None
         probe.batch(
             input_ids=sequences.input_ids,
             action_mask=mask,
-            advantages=advantages,
+            advantages=batch.old_logprobs.new_zeros(mask.shape).masked_scatter(mask, tokens.advantages),
             old_logprobs=batch.old_logprobs,
             old_logits=batch.old_logits,
             loss=loss,

@@ -43,6 +43,7 @@ SUM = f'({PPO} - 0.01 * lg.objective("entropy"))'
         (PPO, "H.eigenvalue_range(), H.negative_count(), H.quadratic(logits), H.trace()"),
         (PPO, "H @ logits"),
         (PPO, "objective.gradient(logits, batch)"),
+        (PPO, "lg.token_kl(logits, logits)"),
         (SUM, "H.negative_count(), H.quadratic(logits), H.trace()"),
         ('lg.objective("gspo")', "H.eigenvalue_range(), H.negative_count()"),
         pytest.param(SUM, "H.eigenvalue_range()", marks=pytest.mark.slow),

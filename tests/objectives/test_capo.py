@@ -198,12 +198,15 @@ def test_nothing_it_is_given_changes(level: str) -> None:
     assert float(adam.state[adam.param_groups[0]["params"][0]]["step"]) == 3
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("blocks", [1, 7, 50])
 @pytest.mark.parametrize("level", ["token", "sentence", "global"])
-def test_block_size_does_not_matter(level: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_matter(
+    level: str, blocks: int, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = make_head("some")
     layer = layer_of(head, 0.05, warm_adam(head, 0.05))
-    rule = lg.intervention("capo", level=level)
+    rule = lg.intervention("capo", level=level, top_k=top_k)
     expected = rule(head.logits, head.batch, layer=layer).scores
     monkeypatch.setattr("lcogeom.geometry.softmax.CPU_BLOCK", blocks)
     found = rule(head.logits, head.batch, layer=layer).scores
