@@ -1,7 +1,16 @@
 """lcogeom: gradient geometry for the policy optimisation of language models."""
 
 from lcogeom.audit import AuditReport, audit_file
-from lcogeom.geometry import LogitHessian
+from lcogeom.geometry import (
+    ExtremeEigenvalues,
+    LogitHessian,
+    SpectralDensity,
+    extreme_eigenvalues,
+    from_linear_operator,
+    spectral_density,
+    to_linear_operator,
+)
+from lcogeom.models import load_model
 from lcogeom.objectives import (
     ActionObjective,
     AdamState,
@@ -31,6 +40,7 @@ __all__ = [
     "AuditReport",
     "AutogradObjective",
     "Choice",
+    "ExtremeEigenvalues",
     "Guarded",
     "Intervention",
     "LastLayer",
@@ -38,6 +48,7 @@ __all__ = [
     "Objective",
     "Probe",
     "Run",
+    "SpectralDensity",
     "TapError",
     "TokenBatch",
     "Verdict",
@@ -45,9 +56,14 @@ __all__ = [
     "attach",
     "audit_file",
     "autograd_objective",
+    "extreme_eigenvalues",
+    "from_linear_operator",
     "intervention",
     "intervention_names",
+    "load_model",
     "load_run",
     "objective",
     "objective_names",
+    "spectral_density",
+    "to_linear_operator",
 ]
