@@ -22,7 +22,8 @@ class SpectralDensity:
 
     Probe v, a unit vector, sees the measure sum_i (v . x_i)^2 delta(y - y_i) over the eigenpairs, of which `nodes` and
     `weights` are the Gauss quadrature; its mean over random v is the distribution of the eigenvalues. Standard errors
-    are over probes, NaN of a single one. Beside them stands what the quadrature leaves open, as bounds.
+    are over probes: NaN of a single one, and rather short of few probes where few eigenvalues dominate. Beside them
+    stands what the quadrature leaves open, as bounds.
     """
 
     size: int

@@ -227,7 +227,7 @@ def test_bad_input(device: torch.device) -> None:
             compute(lambda x: x[1:], 30, device=device)
         with pytest.raises(TypeError, match="matvec: returned a list"):
             compute(lambda x: x.tolist(), 30, device=device)
-        with pytest.raises(ValueError, match="dtype: torch.float16"):
+        with pytest.raises(ValueError, match=r"dtype: torch\.float16"):
             compute(good, 30, dtype=torch.float16, device=device)
         with pytest.raises(ValueError, match="size: 0"):
             compute(good, 0, device=device)
