@@ -52,6 +52,8 @@ class KrylovBasis:
         """Largest ||H q|| seen: a lower bound of ||H||."""
         self.open: dict[int, float] = {}
         """Last vector of each open chain -> norm of that part of its product which was outside the basis."""
+        self.starts: list[int] = []
+        """First vector of each chain."""
         self._rest: dict[int, Tensor] = {}  # these parts
         self._projected = torch.zeros(len(self.vectors), len(self.vectors), dtype=torch.float64)  # column j: of H q_j
 
@@ -67,6 +69,7 @@ class KrylovBasis:
 
     def begin(self, start: Tensor) -> None:
         """Begin a chain, with one product. start: (size,), not inside the basis. Raises as `extend`."""
+        self.starts.append(self.count)
         vector = start.to(self.vectors)
         if self.count:
             vector, _ = orthogonalised(vector / norm(vector), self.vectors[: self.count])

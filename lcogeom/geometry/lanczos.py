@@ -11,6 +11,7 @@ from torch import Tensor
 from lcogeom.geometry.krylov import KrylovBasis, Matvec, norm, require_operator
 
 LOWEST, HIGHEST = 1, -1  # the sign that makes an end the smallest value
+UNLIKELY = 0.0125  # a unit vector at random has a part below this / sqrt(size) along a given direction 1 time in 100
 ENDS = {"both": (LOWEST, HIGHEST), "lowest": (LOWEST,), "highest": (HIGHEST,)}
 
 
@@ -24,11 +25,17 @@ class ExtremeEigenvalues:
     """||H x - y x|| of the unit vector x found for each value y, by a product of its own: whatever went wrong on the
     way, an eigenvalue of H lies within this distance of y, and the rounding of a product. In the unit of the values."""
     converged: Tensor
-    """bool: the residual is at most tolerance * scale, and no further copy of a repeated, more extreme eigenvalue can
-    have been missed. Values that differ by less than tolerance * scale are not told apart."""
+    """bool: the residual is at most tolerance * scale, also when weighed with the number of eigenvalues that the value
+    may stand for (see `unseen`), and a search for copies of the values outside it has ended. Values that differ by less
+    than tolerance * scale are not told apart."""
     scale: float
     """Largest |eigenvalue| found: ||H|| from below."""
     tolerance: float
+    unseen: tuple[float, ...]
+    """For each end asked for: with probability 0.99 over the start vector q no eigenvalue lies farther than this beyond
+    the outermost value, rounding aside. An eigenvector e beyond (y, x) has |y_e - y| <= residual |q . x| / |q . e|: a
+    value with a large |q . x| stands for a crowd of eigenvalues, some of them perhaps much farther out than its
+    residual."""
     steps: int
     """Vectors in the basis, a product each; every value took one more for its residual."""
     vectors: Tensor | None
@@ -43,7 +50,7 @@ def extreme_eigenvalues(
     k: int = 1,
     which: str = "both",
     steps: int = 100,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
     vectors: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -91,34 +98,39 @@ def extreme_eigenvalues(
 
     basis = KrylovBasis(matvec, size, steps, dtype=dtype, device=device)
     rng = torch.Generator().manual_seed(seed)
-    complete = False
+    complete, unseen = False, (0.0,) * len(ends)
     while not complete and not basis.full:
         complete = _explore(basis, torch.randn(size, generator=rng, dtype=dtype), ends, k, tolerance)
+        if len(basis.starts) == 1 and basis.count < size:
+            doubt = _doubts(basis)[1] / UNLIKELY
+            unseen = tuple(float(doubt[0 if end == LOWEST else -1]) for end in ends)
     complete = complete or basis.count == size
 
-    every, shapes, parts = basis.ritz()
-    blocks = [_outermost(end, k, basis.count).sort().values for end in ends]
-    places = torch.cat(blocks)
-    tips = torch.cat([block == _outermost(end, 1, basis.count) for end, block in zip(ends, blocks, strict=True)])
+    every, shapes, _ = basis.ritz()
+    doubts = _doubts(basis)[1]
+    wanted = _wanted(ends, k, basis.count)
+    tips = torch.cat([torch.arange(k) == (0 if end == LOWEST else k - 1) for end in ends])
     found, residuals = [], []
-    for place in places.tolist():
+    for place in wanted:
         x = shapes[:, place].to(basis.vectors) @ basis.vectors[: basis.count]
         x = x / x.norm()
         residuals.append(norm(basis.product(x) - float(every[place]) * x))
         found += [x] if vectors else []
     measured = torch.tensor(residuals, dtype=torch.float64)
     scale = float(every.abs().max())
+    limit = tolerance * scale
     result = ExtremeEigenvalues(
-        values=every[places],
+        values=every[wanted],
         residuals=measured,
-        converged=(measured <= tolerance * scale) & (tips | complete),
+        converged=(measured <= limit) & (doubts[wanted] <= limit) & (tips | complete),
         scale=scale,
         tolerance=tolerance,
+        unseen=unseen,
         steps=basis.count,
         vectors=torch.stack(found) if vectors else None,
     )
     if not result.converged.all():
-        warnings.warn(_complaint(result, _bounds(every, parts)[places]), stacklevel=2)
+        warnings.warn(_complaint(result, doubts[wanted]), stacklevel=2)
     return result
 
 
@@ -134,22 +146,21 @@ def _explore(basis: KrylovBasis, start: Tensor, ends: tuple[int, ...], k: int, t
     basis.begin(start)
     tips: list[float] = []  # end * the outermost value of the chain alone, once known; none of the first chain
     while True:
-        values, _, parts = basis.ritz()
+        values, doubts, parts = _doubts(basis)
         small = tolerance * float(values.abs().max())
-        places = [_outermost(end, k, len(values)) for end in ends]
-        inner = [end * float(values[at[-1]]) for end, at in zip(ends, places, strict=True)]
+        edges = [end * float(values[:k][-1] if end == LOWEST else values[-k:][0]) for end in ends]
         if first and not tips:
-            tips = _known_tips(basis, first, ends, inner, small)
-        wanted = torch.zeros(len(values), dtype=torch.bool)
-        wanted[torch.cat(places)] = True
-        missed = wanted & (_bounds(values, parts) > small)
-        if (tips or not first) and len(values) >= k and not missed.any():
-            return k == 1 or (first > 0 and all(tip >= edge - small for tip, edge in zip(tips, inner, strict=True)))
+            tips = _known_tips(basis, first, ends, edges, small)
+        missed = torch.zeros(basis.count, dtype=torch.bool)
+        missed[_wanted(ends, k, basis.count)] = True
+        missed &= doubts > small
+        if (tips or not first) and basis.count >= k and not missed.any():
+            return k == 1 or (first > 0 and all(tip >= edge - small for tip, edge in zip(tips, edges, strict=True)))
         if basis.full or not basis.open:
             return False
         last = basis.newest
-        if (tips or not first) and missed.any():  # the chain that holds them back most
-            last = max(parts, key=lambda chain: float(parts[chain][missed].max()))
+        if ((tips or not first) and missed.any()) or last not in basis.open:  # the chain that holds them back most
+            last = max(parts, key=lambda chain: float((parts[chain] * missed).max()))
         for _ in range(max(1, basis.count // 10)):  # looking at every step would cost steps^4
             basis.extend(last)
             last = basis.newest
@@ -157,40 +168,51 @@ def _explore(basis: KrylovBasis, start: Tensor, ends: tuple[int, ...], k: int, t
                 break
 
 
-def _known_tips(basis: KrylovBasis, first: int, ends: tuple[int, ...], inner: list[float], small: float) -> list[float]:
+def _known_tips(basis: KrylovBasis, first: int, ends: tuple[int, ...], edges: list[float], small: float) -> list[float]:
     """end * the outermost value of the newest chain alone, at each end; nothing until each is known to `small`, or ten
-    times better than its distance from `inner`."""
-    values, _, parts = basis.ritz(first)
-    tips, bounds = [], _bounds(values, parts)
-    for end, edge in zip(ends, inner, strict=True):
-        place = _outermost(end, 1, len(values))
+    times better than its distance from `edges`."""
+    values, doubts, _ = _doubts(basis, first)
+    tips = []
+    for end, edge in zip(ends, edges, strict=True):
+        place = 0 if end == LOWEST else -1
         tip = end * float(values[place])
-        if float(bounds[place]) > max(small, (tip - edge) / 10):
+        if float(doubts[place]) > max(small, (tip - edge) / 10):
             return []
         tips.append(tip)
     return tips
 
 
-def _outermost(end: int, k: int, count: int) -> Tensor:
-    """Places of the k outermost of `count` ascending values, from the tip inwards."""
-    return torch.arange(count)[:k] if end == LOWEST else torch.arange(count).flip(0)[:k]
+def _doubts(basis: KrylovBasis, first: int = 0) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """(values, bounds of their residuals times sqrt(crowd), and each open chain's part in that), as `KrylovBasis.ritz`.
+
+    crowd: how many eigenvalues a value stands for, size (q . x)^2 of the start vectors q, at least 1. The polynomial p
+    that makes x = p(H) q vanishes at all other values, so beyond the outermost one it grows: the part of x along an
+    eigenvector e there is at least |q . e| / |q . x|, and |q . e| is about 1 / sqrt(size).
+    """
+    values, shapes, parts = basis.ritz(first)
+    starts = [start - first for start in basis.starts if start >= first]
+    crowd = (basis.size * shapes[starts].square().amax(0)).clamp(min=1).sqrt()
+    parts = {last: crowd * part for last, part in parts.items()}
+    return values, torch.stack([torch.zeros_like(values), *parts.values()]).sum(0), parts
 
 
-def _bounds(values: Tensor, parts: dict[int, Tensor]) -> Tensor:
-    return torch.stack([torch.zeros_like(values), *parts.values()]).sum(0)
+def _wanted(ends: tuple[int, ...], k: int, count: int) -> list[int]:
+    """Places of the k outermost of `count` ascending values at each end, ascending; fewer where count < k."""
+    places = {LOWEST: [*range(min(k, count))], HIGHEST: [*range(max(0, count - k), count)]}
+    return [place for end in ends for place in places[end]]
 
 
-def _complaint(result: ExtremeEigenvalues, bounds: Tensor) -> str:
-    """bounds: of the residuals, as the basis promises them."""
+def _complaint(result: ExtremeEigenvalues, doubts: Tensor) -> str:
+    """doubts: of the values in the result, as `_doubts` gives them."""
     missed, limit = ~result.converged, result.tolerance * result.scale
     pairs = zip(result.values[missed].tolist(), result.residuals[missed].tolist(), strict=True)
     listed = ", ".join(f"{value:.4g} (residual {gap:.1e})" for value, gap in pairs)
-    if (missed & (bounds > limit)).any():
+    if (missed & (doubts > limit)).any():
         remedy = "Raise steps (a product and a vector of memory each), or tolerance."
     elif (missed & (result.residuals > limit)).any():
         remedy = "The products are rounded more coarsely than that: compute in float64, or raise tolerance."
     else:
-        remedy = "Further copies of a repeated eigenvalue could not be ruled out: raise steps."
+        remedy = "Others farther out, or copies of a repeated one, could not be ruled out: raise steps."
     return (
         f"extreme_eigenvalues: {int(missed.sum())} of {len(missed)} values did not converge in {result.steps} steps: "
         f"{listed}; asked for: {limit:.1e} (tolerance {result.tolerance:g} of {result.scale:.4g}). {remedy}"

@@ -109,6 +109,11 @@ class ReplayBatch:
         """(B,), on the batch's device."""
         return torch.tensor([sample.reward for sample in self.samples], device=self.old_logits.device)
 
+    def advantages(self, fixed: float | None = None) -> Tensor:
+        """(B, T): `fixed` everywhere; None: 2 * reward - 1 of the completion."""
+        per_sequence = 2 * self.rewards - 1 if fixed is None else torch.full_like(self.rewards, fixed)
+        return per_sequence[:, None].expand(self.sequences.input_ids.shape)
+
 
 def variant_objective(name: str, beta: float | None = None) -> tuple[Objective, float | None]:
     """`lco-kld`, `ppo-unclipped:positive`, ... -> (the objective, the advantage of every token; None: the reward's).
@@ -220,6 +225,20 @@ def completion_logits(model: transformers.PreTrainedModel, sequences: Sequences)
     return logits[sequences.action_mask[:, 1 - kept :]]
 
 
+def mean_loss(
+    model: transformers.PreTrainedModel, minimised: Objective, batch: ReplayBatch, *, advantage: float | None = None
+) -> Tensor:
+    """Mean loss over the batch's completion tokens, differentiable. advantage: as in `one_update`."""
+    mask = batch.sequences.action_mask
+    tokens = TokenBatch(
+        actions=batch.sequences.input_ids[mask],
+        advantages=batch.advantages(advantage)[mask],
+        old_logprobs=batch.old_logprobs[mask],
+        old_logits=batch.old_logits,
+    )
+    return minimised.loss(completion_logits(model, batch.sequences), tokens).mean()
+
+
 def one_update(
     model: transformers.PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -233,22 +252,12 @@ def one_update(
 
     advantage: of every token; None takes 2 * reward - 1 of the token's completion.
     """
-    sequences = batch.sequences
-    per_sequence = 2 * batch.rewards - 1 if advantage is None else torch.full_like(batch.rewards, advantage)
-    advantages = per_sequence[:, None].expand(sequences.input_ids.shape)
-    mask = sequences.action_mask
-    tokens = TokenBatch(
-        actions=sequences.input_ids[mask],
-        advantages=advantages[mask],
-        old_logprobs=batch.old_logprobs[mask],
-        old_logits=batch.old_logits,
-    )
-    loss = minimised.loss(completion_logits(model, sequences), tokens).mean()
+    loss = mean_loss(model, minimised, batch, advantage=advantage)
     if probe is not None:
         probe.batch(
-            input_ids=sequences.input_ids,
-            action_mask=mask,
-            advantages=advantages,
+            input_ids=batch.sequences.input_ids,
+            action_mask=batch.sequences.action_mask,
+            advantages=batch.advantages(advantage),
             old_logprobs=batch.old_logprobs,
             old_logits=batch.old_logits,
             loss=loss,
