@@ -1,6 +1,6 @@
 """What does training do to the loss's curvature in the parameters?  ->  spectrum.parquet
 
-    python analysis/spectrum.py [--updates 60] [--out analysis/spectrum.parquet]        (90 s on one core)
+    python analysis/spectrum.py [--updates 60] [--out analysis/spectrum.parquet]        (80 s on one core)
 
 From the weights of `tiny`, on one batch of 16 completions, 60 updates under each of three objectives; before and after,
 the Hessian of that objective's mean loss over all 133,696 parameters: its density by stochastic Lanczos quadrature and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +27,8 @@ from lcogeom.training import ReplaySettings, make_batch, mean_loss, one_update, 
 
 VARIANTS = ("sft", "ppo-unclipped:positive", "lco-kld")
 LEARNING_RATE = 3e-4  # as `lcogeom replay tiny`
-PROBES, STEPS = 8, 48
-POINTS = 801
+PROBES, STEPS = 5, 96
+POINTS, WIDTH = 801, 0.12  # of the drawn density, in asinh(eigenvalue): linear within 1, logarithmic beyond
 ZERO = 1e-3  # of the largest |eigenvalue|: what counts as negative lies below
 
 
@@ -74,12 +75,14 @@ if __name__ == "__main__":
         for when in ("before", "after"):
             loss = mean_loss(model, minimised, batch, advantage=advantage)
             matvec = curvature(model, lambda loss=loss: loss)
-            ends = lg.extreme_eigenvalues(matvec, size, steps=200, **where)
+            ends = lg.extreme_eigenvalues(matvec, size, steps=200, tolerance=3e-6, **where)
             density = lg.spectral_density(matvec, size, probes=arguments.probes, steps=arguments.steps, **where)
-            measured[name, when] = float(loss), ends, density
+            measured[name, when] = float(loss.detach()), ends, density
             if when == "before":
                 for _ in range(arguments.updates):
                     one_update(model, optimizer, minimised, batch, advantage=advantage)
+    furthest = max(density.nodes.abs().max() for _, _, density in measured.values()).asinh() + 4 * WIDTH
+    grid = torch.linspace(-float(furthest), float(furthest), POINTS, dtype=torch.float64)
     rows = []
     shown = Table(title=f"tiny, {arguments.updates} updates on one batch: the Hessian over {size:,} parameters")
     for heading in (
@@ -89,17 +92,13 @@ if __name__ == "__main__":
         "lowest",
         "highest",
         "below 0, % of eigenvalues",
-        "of sum |eigenvalue|, %",
+        "negative, % of the sum of sizes",
     ):
         shown.add_column(heading, justify="left" if heading in ("objective", "when") else "right")
     for name in VARIANTS:
-        nodes = torch.cat([measured[name, when][2].nodes.flatten() for when in ("before", "after")])
-        low, high = float(nodes.min()), float(nodes.max())
-        width = 0.01 * (high - low)
-        grid = torch.linspace(low - 4 * width, high + 4 * width, POINTS, dtype=torch.float64)
         for when in ("before", "after"):
             loss, ends, density = measured[name, when]
-            values, error = density.on(grid, width).density
+            values, error = replace(density, nodes=density.nodes.asinh()).on(grid, WIDTH).density
             share = [float(part) for part in density.cumulative(torch.tensor([-ZERO * ends.scale]))]
             mass, mass_error = negative_part(density)
             rows.append(
@@ -110,14 +109,15 @@ if __name__ == "__main__":
                         "updates": 0 if when == "before" else arguments.updates,
                         "size": size,
                         "loss": loss,
-                        "x": grid.numpy(),
+                        "x": grid.sinh().numpy(),
                         "density": values.numpy(),
                         "density_error": error.numpy(),
-                        "width": width,
+                        "width": WIDTH,
                         "lowest": float(ends.values[0]),
                         "lowest_residual": float(ends.residuals[0]),
                         "highest": float(ends.values[1]),
                         "highest_residual": float(ends.residuals[1]),
+                        "lowest_unseen": ends.unseen[0],
                         "converged": bool(ends.converged.all()),
                         "negative_share": share[0],
                         "negative_share_error": share[1],
