@@ -61,13 +61,11 @@ class ModelHessian:
         vector = require_like("vector", vector, self.params)
         if self._padding is None:
             self._padding = padding_rows(self._losses[0], self.params)
-        self._without_padding(vector)
+        for place, row in self._padding:  # autograd gives them no gradient, so they are no coordinates of H
+            vector[place] = vector[place].index_fill(0, torch.tensor([row], device=vector[place].device), 0.0)
         if self.route == DIFFERENCES:
-            product = gradient_differences(self._losses, self.params, vector, self.reach)
-        else:
-            product = self._double_backward(vector)
-        self._without_padding(product)
-        return product
+            return gradient_differences(self._losses, self.params, vector, self.reach)
+        return self._double_backward(vector)
 
     def release(self) -> None:
         """Let go of a kept graph."""
@@ -97,11 +95,6 @@ class ModelHessian:
         if self._keep_graph:
             self._graph = versions, gradient
         return gradient
-
-    def _without_padding(self, vector: list[Tensor]) -> None:
-        """Autograd gives padding rows no gradient, so they are no coordinates of H: 0 in, 0 out."""
-        for place, row in self._padding or ():
-            vector[place] = vector[place].index_fill(0, torch.tensor([row], device=vector[place].device), 0.0)
 
 
 def model_hessian(

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lcogeom.geometry.batched_lanczos import batched_lanczos
 from lcogeom.geometry.hessian import ExtremeEigenvectors, require_dense
-from lcogeom.geometry.lanczos import batched_lanczos
 from lcogeom.geometry.softmax import blocks
 
 STEPS = 200

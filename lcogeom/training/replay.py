@@ -113,6 +113,11 @@ class ReplayBatch:
         """(B,), on the batch's device."""
         return torch.tensor([sample.reward for sample in self.samples], device=self.old_logits.device)
 
+    def advantages(self, fixed: float | None = None) -> Tensor:
+        """(B, T): `fixed` everywhere; None: 2 * reward - 1 of the completion."""
+        per_sequence = 2 * self.rewards - 1 if fixed is None else torch.full_like(self.rewards, fixed)
+        return per_sequence[:, None].expand(self.sequences.input_ids.shape)
+
 
 def variant_objective(name: str, beta: float | None = None) -> tuple[Objective, float | None]:
     """`lco-kld`, `ppo-unclipped:positive`, ... -> (the objective, the advantage of every token; None: the reward's).
@@ -231,15 +236,20 @@ def token_batch(batch: ReplayBatch, advantage: float | None = None) -> TokenBatc
     advantage: of every token; None takes 2 * reward - 1 of the token's completion.
     """
     mask = batch.sequences.action_mask
-    places = mask.nonzero()[:, 0]
-    per_sequence = 2 * batch.rewards - 1 if advantage is None else torch.full_like(batch.rewards, advantage)
     return TokenBatch(
         actions=batch.sequences.input_ids[mask],
-        advantages=per_sequence[places],
+        advantages=batch.advantages(advantage)[mask],
         old_logprobs=batch.old_logprobs[mask],
         old_logits=batch.old_logits,
-        sequences=places,
+        sequences=mask.nonzero()[:, 0],
     )
+
+
+def mean_loss(
+    model: transformers.PreTrainedModel, minimised: Objective, batch: ReplayBatch, *, advantage: float | None = None
+) -> Tensor:
+    """Mean loss over the batch's completion tokens, differentiable. advantage: as in `one_update`."""
+    return minimised.loss(completion_logits(model, batch.sequences), token_batch(batch, advantage)).mean()
 
 
 def one_update(
@@ -255,15 +265,12 @@ def one_update(
 
     advantage: of every token; None takes 2 * reward - 1 of the token's completion.
     """
-    sequences, mask = batch.sequences, batch.sequences.action_mask
-    tokens = token_batch(batch, advantage)
-    loss = minimised.loss(completion_logits(model, sequences), tokens).mean()
+    loss = mean_loss(model, minimised, batch, advantage=advantage)
     if probe is not None:
-        assert tokens.advantages is not None
         probe.batch(
-            input_ids=sequences.input_ids,
-            action_mask=mask,
-            advantages=batch.old_logprobs.new_zeros(mask.shape).masked_scatter(mask, tokens.advantages),
+            input_ids=batch.sequences.input_ids,
+            action_mask=batch.sequences.action_mask,
+            advantages=batch.advantages(advantage),
             old_logprobs=batch.old_logprobs,
             old_logits=batch.old_logits,
             loss=loss,
