@@ -1,0 +1,120 @@
+"""attach(): checks what it is given, makes the run folder, and puts a recorder on a model and its optimiser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
+from lcogeom.objectives import Objective
+from lcogeom.objectives import objective as objective_by_name
+from lcogeom.recording.head import output_head
+from lcogeom.recording.probe import Probe
+from lcogeom.recording.taps import TapError
+from lcogeom.runs.store import RunWriter
+
+
+def attach(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: str | Path,
+    *,
+    objective: str | Objective | None = None,
+    tokens_per_update: int = 256,
+    tap: str = "hidden",
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    labels: Mapping[str, str | int | float] | None = None,
+    flush_every: int = 10,
+    seed: int = 0,
+    audit_every: int | None = None,
+    sketch: int | None = SKETCH_SIZE,
+    sketch_layers: bool = False,
+) -> Probe:
+    """Record every update of a training loop into a run folder, without changing a bit of it.
+
+    Use it as a context manager around the loop, or call `close()` at the end. Keeps one copy of the parameters and one
+    of their gradient on the model's device, for the directions between updates.
+
+    Args:
+        model: a transformers causal LM, before torch.compile.
+        optimizer: the one whose `step()` makes the updates.
+        run: folder to create.
+        objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
+            `negative_count` and `d2`; without it those stay empty.
+        tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
+        tap: "hidden" reads the last hidden state, which every training path has; "logits" reads the logits, where the
+            loss is computed from them: the whole logit gradient, whatever the loss.
+        tokenizer: fills the `text` column.
+        labels: kept with the run; columns of their own when several runs are read together.
+        flush_every: updates between two writes (one is also made every minute).
+        seed: of the sample of tokens.
+        audit_every: take apart what updates 0, k, 2k, ... did to the mean of `objective` over their completion tokens
+            (the columns `audit_...`, see `audit_step`): the update's forward passes run again, without dropout, for
+            about the time of six updates. Needs `objective`, and batch() before every backward pass.
+        sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
+            afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
+        sketch_layers: keep the part of each layer as well, at that size for each.
+
+    Raises:
+        FileExistsError: `run` exists.
+        TypeError: not a causal LM of transformers with an LM head.
+        ValueError: an argument out of range, or an optimizer that does not update this model.
+        TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
+    """
+    minimised = objective_by_name(objective) if isinstance(objective, str) else objective
+    if tap not in ("hidden", "logits"):
+        raise ValueError(f"tap: {tap!r}; must be 'hidden' or 'logits'.")
+    counts = (("tokens_per_update", tokens_per_update), ("flush_every", flush_every), ("audit_every", audit_every))
+    for name, value in counts:
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value}; must be at least 1.")
+    if audit_every is not None and minimised is None:
+        raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
+    if hasattr(model, "_orig_mod"):
+        raise TapError(
+            "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
+            "lcogeom.attach(model, ...) first, then torch.compile(model)."
+        )
+    output_head(model)  # before the folder is made
+    meta = {
+        "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
+        "model": type(model).__name__,
+        "vocabulary": int(output_head(model).module.weight.shape[0]),  # type: ignore[index]
+        "optimizer": type(optimizer).__name__,
+        "tap": tap,
+        "tokens_per_update": tokens_per_update,
+        "sketch": sketch or 0,
+        "labels": dict(labels or {}),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    writer = RunWriter(run, meta)
+    try:
+        return Probe(
+            model=model,
+            optimizer=optimizer,
+            writer=writer,
+            minimised=minimised,
+            tap=tap,
+            tokens_per_update=tokens_per_update,
+            flush_every=flush_every,
+            seed=seed,
+            tokenizer=tokenizer,
+            audit_every=audit_every,
+            sketch=sketch or 0,
+            sketch_layers=sketch_layers,
+        )
+    except (TapError, TypeError, ValueError):
+        shutil.rmtree(writer.path)  # made a moment ago, empty
+        raise
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+        for key, value in options.items()
+    }
