@@ -42,7 +42,7 @@ reproduce: install
 
 benchmark: install
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py
-	$(BIN)/python analysis/benchmarks/hvp.py
+	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/hvp.py
 	$(BIN)/python analysis/benchmarks/sketch_error.py
 
 test: install

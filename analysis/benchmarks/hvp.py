@@ -25,7 +25,7 @@ from report import HERE, cpu_model, update_readme
 MODELS = ("gpt2", "llama", "smollm2")
 PEER = "hessian-eigenthings"
 OURS = ("gradient", "hvp", "hvp, graph kept", "ggn", "hvp, differences")
-ROUNDS = {"gpt2": 9, "llama": 9, "smollm2": 3}
+ROUNDS = {"gpt2": 9, "llama": 9, "smollm2": 5}
 MARK = "hvp"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.curvature.differences import total_gradient
-from lcogeom.curvature.gauss_newton import LogitsFn, MicroBatches, forward_reach, micro_batches, pushed_forward
+from lcogeom.curvature.gauss_newton import LogitsFn, MicroBatches, micro_batches, pushing_route
 from lcogeom.curvature.hvp import model_hessian
 from lcogeom.curvature.parameters import assign, held, inner, require_like, require_params
 from lcogeom.objectives import Objective, TokenBatch
@@ -132,10 +132,10 @@ def _through_logits(earlier: Tensor, later: Tensor, batch: TokenBatch, objective
 
 def _gauss_newton(parts: MicroBatches, objective: Objective, params: Sequence[Tensor], step: Sequence[Tensor]) -> float:
     """d^T J^T H_z J d of the summed loss."""
-    reach = forward_reach(parts[0][0], params, step)
+    route = pushing_route(parts[0][0], params, step)
     total = 0.0
     for logits_fn, batch in parts:
-        logits, along = pushed_forward(logits_fn, params, step, reach)
+        logits, along = route(logits_fn, params, step)
         total += float(objective.joint_hessian(logits.detach(), batch).quadratic(along))
         del logits  # and the graph with it, before the next
     return total

@@ -106,6 +106,27 @@ def test_kernels_without_second_derivative(device: torch.device) -> None:
     assert (found - plain).norm() <= 1e-3 * plain.norm()
 
 
+def test_parameters_used_outside_their_module(device: torch.device) -> None:
+    """Forward mode does not see them; the check notices, and another route is taken."""
+    some = small_gpt2(device)
+    scale = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64, device=device))
+    params = [*some.params, scale]
+    objective = lg.objective("ppo")
+
+    def logits() -> Tensor:
+        return some.logits() * scale
+
+    v = random_like(params, 3)
+    z = logits()
+    jacobian = torch.stack([flat(list(torch.autograd.grad(one, params, retain_graph=True))) for one in z.reshape(-1)])
+    H = torch.autograd.functional.hessian(
+        lambda x: objective.loss(x.reshape(z.shape), some.batch).mean(), z.detach().reshape(-1)
+    )
+    found = flat(lg.ggn_vector_product(logits, objective, some.batch, params, v))
+    torch.testing.assert_close(found, jacobian.T @ (H @ (jacobian @ flat(v))), rtol=1e-9, atol=1e-12)
+    assert all(isinstance(p, torch.nn.Parameter) for p in some.model.parameters())
+
+
 def test_bad_input(device: torch.device) -> None:
     some = small_gpt2(device)
     v = random_like(some.params, 0)
