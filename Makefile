@@ -38,6 +38,7 @@ reproduce: install
 	$(BIN)/python figures/audit.py $(RUNS)/tiny
 	$(BIN)/python figures/directionality.py $(RUNS)/tiny
 	$(BIN)/python analysis/stability.py $(RUNS)/tiny $(RUNS)/smollm2
+	$(BIN)/python analysis/audit.py $(RUNS)/tiny
 	$(BIN)/python analysis/directionality.py $(RUNS)/tiny $(RUNS)/smollm2
 
 benchmark: install
