@@ -138,9 +138,7 @@ def run_script(script: str, run: Path, target: Path) -> None:
     assert str(target) in done.stdout
 
 
-@pytest.mark.parametrize(
-    "script", ["figures/stability.py", "figures/convexity.py", "figures/audit.py", "figures/directionality.py"]
-)
+@pytest.mark.parametrize("name", ["stability", "convexity", "audit", "directionality"])
 def test_figure_scripts(name: str, tiny_replay: Path, tmp_path: Path) -> None:
     run_script(f"figures/{name}.py", tiny_replay, tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
