@@ -10,6 +10,8 @@ import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
+from lcogeom.curvature.parameters import modules_called
+
 Owners = list[tuple["weakref.ref[torch.nn.Module]", str, int]]
 """(module, name of its parameter, place in params)."""
 
@@ -35,21 +37,10 @@ def pushed_by_forward_mode(
 def owners_of(function: Callable[[], object], params: Sequence[Tensor]) -> Owners:
     """The modules that `function` runs through, and those inside them, which hold some of the parameters."""
     places = {id(parameter): place for place, parameter in enumerate(params)}
-    seen: dict[int, torch.nn.Module] = {}
-
-    def note(module: torch.nn.Module, _: object) -> None:
-        if id(module) not in seen:
-            seen.update((id(inner), inner) for inner in module.modules())
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        with torch.no_grad():
-            function()
-    finally:
-        handle.remove()
+    inside = {id(inner): inner for module in modules_called(function) for inner in module.modules()}
     return [
         (weakref.ref(module), name, places[id(parameter)])
-        for module in seen.values()
+        for module in inside.values()
         for name, parameter in module._parameters.items()
         if id(parameter) in places
     ]

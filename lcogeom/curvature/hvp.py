@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lcogeom.curvature.checks import RouteCheck, RouteError, check_differences, check_hvp
 from lcogeom.curvature.differences import DEFAULT_REACH, gradient_differences
-from lcogeom.curvature.parameters import require_like, require_params
+from lcogeom.curvature.parameters import modules_called, require_like, require_params
 
 LossFn = Callable[[], Tensor]
 DOUBLE_BACKWARD, DIFFERENCES = "double-backward", "finite-differences"
@@ -197,17 +197,10 @@ def twice_differentiable() -> Iterator[None]:
 
 def padding_rows(function: Callable[[], object], params: Sequence[Tensor]) -> list[tuple[int, int]]:
     """(place in params, row) of the padding rows of the embeddings that `function` runs through."""
-    found: list[tuple[int, int]] = []
-
-    def seen(module: torch.nn.Module, _: object) -> None:
-        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-            places = [place for place, parameter in enumerate(params) if parameter is module.weight]
-            found.extend((place, module.padding_idx) for place in places)
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(seen)
-    try:
-        with torch.no_grad():
-            function()
-    finally:
-        handle.remove()
-    return sorted(set(found))
+    return sorted(
+        (place, module.padding_idx)
+        for module in modules_called(function)
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        for place, parameter in enumerate(params)
+        if parameter is module.weight
+    )

@@ -98,3 +98,17 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(params, values, strict=True):
             parameter.copy_(value)
+
+
+def modules_called(function: Callable[[], object]) -> list[torch.nn.Module]:
+    """The modules whose forward runs in `function`, each once."""
+    seen: dict[int, torch.nn.Module] = {}
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: seen.update({id(module): module})
+    )
+    try:
+        with torch.no_grad():
+            function()
+    finally:
+        handle.remove()
+    return list(seen.values())
