@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -93,8 +94,9 @@ def test_directionality(end: int | None) -> None:
     assert np.isnan(found.standard_error[last:]).all()
 
 
-def test_directionality_is_exact_where_the_sketch_is() -> None:
-    """Vectors of one block lose nothing: a rotation with signs keeps every product."""
+def test_directionality_is_exact_where_the_sketch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a block of the sketch's size, vectors of one block lose nothing: a rotation with signs keeps every product."""
+    monkeypatch.setattr(importlib.import_module("lcogeom.geometry.sketch"), "BLOCK", 1)
     gradients, steps = path(length=900)
     weights = np.concatenate([np.zeros((1, 900)), np.cumsum(steps, axis=0)])
     found = lg.directionality(rows(gradients, 1024), rows(steps, 1024))
