@@ -95,7 +95,7 @@ def test_directionality(end: int | None) -> None:
 
 
 def test_directionality_is_exact_where_the_sketch_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a block of the sketch's size, vectors of one block lose nothing: a rotation with signs keeps every product."""
+    """With a block of the size of the sketch, vectors of one block lose nothing: rotation and signs keep products."""
     monkeypatch.setattr(importlib.import_module("lcogeom.geometry.sketch"), "BLOCK", 1)
     gradients, steps = path(length=900)
     weights = np.concatenate([np.zeros((1, 900)), np.cumsum(steps, axis=0)])
