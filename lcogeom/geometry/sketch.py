@@ -25,7 +25,7 @@ from torch import Tensor
 
 SIZE = 16384
 """64 KiB of float32: cosines to 0.008."""
-BLOCK = 2**16  # elements of a block, at least: buffer, tau and block stay in the cache, calls are few
+BLOCK = 2**15  # elements of a block, at least: buffer, tau and block stay in the cache, no second thread is woken up
 PIECE, GPU_PIECE = 2**18, 2**21  # elements copied at once where a copy is needed; on a GPU few launches count more
 
 
