@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def attach(
     audit_every: int | None = None,
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
+    resume: bool | int = False,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -42,7 +43,7 @@ def attach(
     Args:
         model: a transformers causal LM, before torch.compile.
         optimizer: the one whose `step()` makes the updates.
-        run: folder to create.
+        run: folder to create (or to go on in, with `resume`). One process writes it; any number may read it meanwhile.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
             `negative_count` and `d2`; without it those stay empty.
         tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
@@ -58,9 +59,17 @@ def attach(
         sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
             afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
         sketch_layers: keep the part of each layer as well, at that size for each.
+        resume: go on in the folder that `run` names, after a restart; False makes a new one. True: after its last
+            update (the first time, when there is no folder, one is made). A number, such as the step of the checkpoint
+            that training goes on from: the next update has this number, and what was recorded of it and of later ones
+            before the restart is superseded: no longer read, but not deleted.
+
+    A disk that is full or gone does not stop training: one warning, and what could not be written waits in memory
+    (up to 64 MiB, the oldest updates are dropped first) until it can be; `close()` says how many updates were lost.
 
     Raises:
-        FileExistsError: `run` exists.
+        FileExistsError: `run` exists, without `resume`.
+        BlockingIOError: another process, or a recorder that was not closed, is writing `run`.
         TypeError: not a causal LM of transformers with an LM head.
         ValueError: an argument out of range, or an optimizer that does not update this model.
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
@@ -88,11 +97,13 @@ def attach(
         "tap": tap,
         "tokens_per_update": tokens_per_update,
         "sketch": sketch or 0,
+        "sketch_layers": sketch_layers,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    writer = RunWriter(run, meta)
+    same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
+    writer = RunWriter(run, meta, resume=resume, same=same)
     try:
         return Probe(
             model=model,
@@ -108,13 +119,15 @@ def attach(
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
         )
-    except (TapError, TypeError, ValueError):
-        shutil.rmtree(writer.path)  # made a moment ago, empty
+    except BaseException:
+        writer.discard()
         raise
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in options.items()
-    }
+    def plain(value: object) -> object:
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # the same after a restart
+
+    return {key: plain(value) for key, value in options.items()}
