@@ -10,7 +10,7 @@ import pytest
 import lcogeom as lg
 from lcogeom.runs import COLLECTION, COLUMNS, RunWriter, create_folder
 from lcogeom.runs.columns import schema
-from tests.runs.folders import part_file, write
+from tests.runs.folders import add, part_file, write
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -67,6 +67,23 @@ def test_a_flush_cut_short(tmp_path: Path) -> None:
     run = lg.load_run(path)
     assert run.updates["step"].tolist() == [0, 1, 2, 3]
     assert sorted(run.tokens["step"].unique()) == [0, 1, 2, 3]
+
+
+def test_rows_flushed_twice_are_read_once(tmp_path: Path) -> None:
+    """An interrupt may come after the last part was written, and before the writer knows."""
+    writer = RunWriter(tmp_path / "run", {})
+    add(writer, range(4))
+    pending = {"updates": [], "tokens": [], "norms": [], "sketches": []}
+    for rows in pending:
+        writer.add(rows, {"step": [4]})
+        pending[rows] = writer._pending[rows]
+    writer.flush()
+    writer._pending = pending
+    add(writer, range(5, 7))
+    writer.close()
+    run = lg.load_run(tmp_path / "run")
+    assert run.updates["step"].tolist() == list(range(7))
+    assert run.tokens["step"].tolist().count(4) == run.norms["step"].tolist().count(4) == 1
 
 
 def test_a_collection_adds_labels(tmp_path: Path) -> None:
