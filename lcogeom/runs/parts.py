@@ -53,11 +53,12 @@ class Part:
         """Whether all of it counts, where updates from `limit` on are superseded."""
         return limit == float("inf") or (self.stop is not None and self.stop <= limit)
 
-    def updates(self) -> str:
-        """In words."""
+    def updates(self, limit: float) -> str:
+        """Those before `limit`, in words."""
         if self.first is None or self.stop is None:
             return "its updates"
-        return f"update {self.first}" if self.stop == self.first + 1 else f"updates {self.first} to {self.stop - 1}"
+        last = int(min(self.stop, limit)) - 1
+        return f"update {self.first}" if last == self.first else f"updates {self.first} to {last}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Flush:
         try:
             rows = read_part(self.parts[table])
         except DamagedPart as error:
-            raise DamagedPart(f"{error}; {self.part.updates()} lost their {table}") from None
+            raise DamagedPart(f"{error}; {self.part.updates(self.limit)} lost their {table}") from None
         return rows if self.part.within(self.limit) else before(rows, self.limit)
 
 
@@ -187,6 +188,7 @@ def flushes(path: Path, damaged: list[str]) -> list[Flush]:
     Safe while the folder is written: no part is changed or removed, and an `updates` part appears after the others.
     """
     found: list[Flush] = []
+    lost: list[str] = []
     limit = float("inf")
     for part in reversed(list_parts(path / "updates")):
         if part.first is not None and part.first >= limit:
@@ -197,11 +199,12 @@ def flushes(path: Path, damaged: list[str]) -> list[Flush]:
         try:
             rows = read_part(part)
         except DamagedPart as error:
-            damaged.append(f"{error}; {part.updates()} lost")
+            lost.append(f"{error}; {part.updates(limit)} lost")
         else:
             rows = rows if part.within(limit) else before(rows, limit)
             found.append(Flush(part, rows, _others(path, part, rows), limit))
         limit = limit if part.first is None else min(limit, part.first)
+    damaged += lost[::-1]
     return found[::-1]
 
 

@@ -85,6 +85,18 @@ def test_superseded_and_then_damaged(tmp_path: Path) -> None:
     assert writer.next_update == 4
 
 
+def test_damage_names_what_is_missing_now(tmp_path: Path) -> None:
+    """Updates 4 to 7 were in one part, and 6 and 7 are superseded: the damage of that part costs 4 and 5."""
+    path = write(tmp_path / "run", 8, per_part=4)
+    go_on(path, 6, 1, loss=100)
+    for table, said in (("tokens", "updates 4 to 5 lost their tokens"), ("updates", "updates 4 to 5 lost")):
+        part_file(path, table, 1).write_bytes(b"")
+        with pytest.warns(UserWarning, match=said + "$"):
+            run = lg.load_run(path)
+        assert sorted(run.tokens["step"].unique()) == [0, 1, 2, 3, 6]
+    assert run.updates["loss"].tolist() == [0, 1, 2, 3, 106]
+
+
 def test_updates_that_were_never_written(tmp_path: Path) -> None:
     """The checkpoint is ahead of the last flush: the gap is said, and stays a gap."""
     path = write(tmp_path / "run", 4)
