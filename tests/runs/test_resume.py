@@ -118,6 +118,19 @@ def test_a_recorder_that_never_started_leaves_no_trace(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_the_folder_keeps_its_own_run_json(tmp_path: Path) -> None:
+    """And its copies are of that one, whatever the second session called itself."""
+    path = write(tmp_path / "run", 2, labels={"seed": 1})
+    writer = RunWriter(path, {"labels": {"seed": 2}, "tokens_per_update": 3}, resume=True)
+    add(writer, range(2, 4))
+    writer.close()
+    meta = lg.load_run(path).meta
+    assert meta["labels"] == {"seed": 1}
+    (path / "run.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"run\.json"):
+        assert lg.load_run(path).meta == meta
+
+
 def test_half_parts_are_tidied_away(tmp_path: Path) -> None:
     path = write(tmp_path / "run", 4)
     before = contents(path)
