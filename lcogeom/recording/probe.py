@@ -135,7 +135,7 @@ class Probe:
                 loss.register_hook(self._multiplied)
 
     def flush(self) -> None:
-        """Write everything recorded so far to the run folder."""
+        """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
         while self._pending:  # one by one: if one raises, those before it are not added again
             self._write(self._pending.pop(0))
         self._writer.flush()

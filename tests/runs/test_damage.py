@@ -72,8 +72,8 @@ def test_cuts_and_flips_in_run_json(tmp_path: Path) -> None:
     """What run.json said is read from the copy in the parts."""
     path = write(tmp_path / "run", 4, labels={"variant": "ppo", "seed": 3})
     whole, draw = loaded(path), random.Random(0)
-    noticed = 0
-    for _ in range(TRIALS):
+    noticed, trials = 0, 60
+    for _ in range(trials):
         content = hurt(path / "run.json", draw)
         run = loaded(path)
         known = {key: run.meta[key] for key in whole.meta}
@@ -81,7 +81,7 @@ def test_cuts_and_flips_in_run_json(tmp_path: Path) -> None:
         assert len(run.updates) == 4
         noticed += len(run.damaged)
         (path / "run.json").write_bytes(content)
-    assert noticed > 0.9 * TRIALS  # the others changed white space, or the name of the check
+    assert noticed > 0.9 * trials  # the others changed white space, or the name of the check
 
 
 def test_run_json_gone_or_damaged_without_a_copy(tmp_path: Path) -> None:
