@@ -84,11 +84,12 @@ class Probe:
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
-        self._step = 0
+        self._step = writer.next_update
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._warned: set[str] = set()
-        self._started = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
+        self._started = self._flushed - writer.seconds
 
     def batch(
         self,
@@ -134,10 +135,9 @@ class Probe:
                 loss.register_hook(self._multiplied)
 
     def flush(self) -> None:
-        """Write everything recorded so far to the run folder."""
-        for update in self._pending:
-            self._write(update)
-        self._pending.clear()
+        """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
+        while self._pending:  # one by one: if one raises, those before it are not added again
+            self._write(self._pending.pop(0))
         self._writer.flush()
         self._flushed = time.monotonic()
 
@@ -148,7 +148,10 @@ class Probe:
             self._auditor.remove()
         for handle in self._steps:
             handle.remove()
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            self._writer.close()
 
     def __enter__(self) -> Probe:
         return self
