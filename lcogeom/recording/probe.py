@@ -55,10 +55,10 @@ class Probe:
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._head = output_head(model)
+        self._head = None if tap == "logits" else output_head(model)
         self._meter = GradientMeter(model, optimizer, sketch=sketch, sketch_layers=sketch_layers)
         self._tap: Tap = (
-            logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
+            logits_tap(model, self._arrived) if self._head is None else hidden_tap(model, self._head, self._arrived)
         )
         self._audit_every = audit_every
         self._auditor = None

@@ -12,18 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from lcogeom.recording.base_model import LastHidden, input_ids
+from lcogeom.recording.errors import TapError
 from lcogeom.recording.head import OutputHead
 
 OnBackward = Callable[[Tensor, Tensor, Tensor | None], None]
 """(values (B, T', d or V), their gradient, input ids (B, T) or None)."""
-
-HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-HEAD_TOLERANCE_LOW = 0.05  # bf16 and fp16 logits keep two to three digits
-
-
-class TapError(RuntimeError):
-    """The recorder saw nothing, or not what it needs; the message says why and what to do."""
 
 
 @dataclass
@@ -38,38 +34,20 @@ class Tap:
 
 def hidden_tap(model: torch.nn.Module, head: OutputHead, on_backward: OnBackward) -> Tap:
     """Read the base model's last hidden state: every training path computes it, with a fused loss too."""
-    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(base, torch.nn.Module) or base is model:
-        raise TapError(f"{type(model).__name__} has no base model to read hidden states from. Use tap='logits'.")
-    last: list[Tensor] = []
-    checked = False
 
-    def after_base(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if tap.paused:
-            return
-        hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        last[:] = [hidden.detach()]
-        if _watch(hidden, _input_ids(args, kwargs), on_backward, "hidden states"):
-            tap.forwards += 1
+    def watch(hidden: Tensor, ids: Tensor | None) -> Callable[[], None]:
+        handle = _watch(hidden, ids, on_backward, "hidden states")
+        tap.forwards += handle is not None
 
-    def after_model(_: object, __: object, output: Any) -> None:
-        nonlocal checked
-        logits = getattr(output, "logits", None)
-        if not checked and last and isinstance(logits, Tensor):
-            checked = True
-            _check_head(head, last[0], logits.detach())
-        last.clear()
+        def forget() -> None:
+            if handle is not None:
+                handle.remove()
+                tap.forwards -= 1
 
-    handles = [
-        base.register_forward_hook(after_base, with_kwargs=True),
-        model.register_forward_hook(after_model),
-    ]
+        return forget
 
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    tap = Tap("hidden", 0, remove)
+    last = LastHidden(model, head, watch, lambda: tap.paused)
+    tap = Tap("hidden", 0, last.remove)
     return tap
 
 
@@ -80,8 +58,7 @@ def logits_tap(model: torch.nn.Module, on_backward: OnBackward) -> Tap:
         logits = getattr(output, "logits", None)
         if tap.paused or not isinstance(logits, Tensor):
             return
-        if _watch(logits, _input_ids(args, kwargs), on_backward, "logits"):
-            tap.forwards += 1
+        tap.forwards += _watch(logits, input_ids(args, kwargs), on_backward, "logits") is not None
 
     handle = model.register_forward_hook(after_model, with_kwargs=True)
     tap = Tap("logits", 0, handle.remove)
@@ -108,9 +85,10 @@ def silence(tap: Tap) -> str:
     )
 
 
-def _watch(tensor: Tensor, ids: Tensor | None, on_backward: OnBackward, what: str) -> bool:
+def _watch(tensor: Tensor, ids: Tensor | None, on_backward: OnBackward, what: str) -> RemovableHandle | None:
+    """Hand the tensor's gradient to on_backward once it comes; None where none will."""
     if not tensor.requires_grad:
-        return False
+        return None
     values, version = tensor.detach(), tensor._version
 
     def arrived(gradient: Tensor) -> None:
@@ -122,24 +100,5 @@ def _watch(tensor: Tensor, ids: Tensor | None, on_backward: OnBackward, what: st
             )
         on_backward(values, gradient, ids)
 
-    tensor.register_hook(arrived)
-    return True
-
-
-def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-
-
-def _check_head(head: OutputHead, hidden: Tensor, logits: Tensor) -> None:
-    """Once per attach: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
-    with torch.no_grad():
-        found = head.logits(hidden[:, -1]).double()
-        wanted = logits[:, -1].double()
-        scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
-        gap = float((found - wanted).abs().max() / scale)
-    if not gap < HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW) and torch.isfinite(wanted).all():
-        raise TapError(
-            f"the logits are not the output head applied to the last hidden state (relative difference {gap:.1e}): "
-            "the model transforms them in a way this recorder does not know. Use tap='logits'."
-        )
+    handle: RemovableHandle = tensor.register_hook(arrived)
+    return handle
