@@ -44,11 +44,20 @@ class LastHidden:
     tensor that enters the output embedding instead, which no fused loss calls.
     """
 
-    def __init__(self, model: torch.nn.Module, head: OutputHead, watch: Watch, paused: Callable[[], bool]) -> None:
-        """Raises TapError where the model has no base model."""
-        modules = hidden_modules(model)
-        if not modules:
-            raise TapError(f"{type(model).__name__} has no base model to read hidden states from. Use tap='logits'.")
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        head: OutputHead,
+        modules: list[torch.nn.Module],
+        watch: Watch,
+        *,
+        paused: Callable[[], bool],
+        required: bool,
+    ) -> None:
+        """modules: from `hidden_modules`, at least one; required: a head that is not understood raises TapError."""
+        self.known = True
+        """Whether the logits are the head's image of the tensors handed to `watch`, as far as passes so far tell."""
+        self._required = required
         self._head, self._watch, self._paused, self._inner = head, watch, paused, modules[0]
         self._checked = self._at_head = False
         self._ids: Tensor | None = None
@@ -105,15 +114,19 @@ class LastHidden:
             self._head_handle.remove()
             return
         entering = self._entering
-        known = entering is not None and entering.shape[:-1] == logits.shape[:-1]
-        if entering is None or not known or head_gap(self._head, entering.detach(), logits) > tolerance:
+        self._forget()
+        fits = entering is not None and entering.shape[:-1] == logits.shape[:-1]
+        if entering is not None and fits and not head_gap(self._head, entering.detach(), logits) > tolerance:
+            self._at_head = True
+            self._watch(entering, self._ids)
+            return
+        self.known = False
+        self.remove()
+        if self._required:
             raise TapError(
                 f"the logits are not the output head applied to the last hidden state (relative difference {gap:.1e}): "
                 "the model transforms them in a way this recorder does not know. Use tap='logits'."
             )
-        self._forget()
-        self._at_head = True
-        self._watch(entering, self._ids)
 
 
 def head_gap(head: OutputHead, hidden: Tensor, logits: Tensor) -> float:

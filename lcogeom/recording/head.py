@@ -44,41 +44,40 @@ class OutputHead:
         return weight[: self.vocabulary], bias[: self.vocabulary] if isinstance(bias, Tensor) else None
 
 
-def output_head(model: torch.nn.Module) -> OutputHead:
-    """The head of a causal LM.
+def output_head(model: torch.nn.Module) -> OutputHead | None:
+    """The head of a causal LM; None where it has several on one hidden state (MusicGen: one for each codebook).
 
     Raises:
-        TypeError: not a Hugging Face model, or one without a single output embedding.
+        TypeError: not a Hugging Face model, or one without an output embedding.
     """
     weights = _weights(model)
-    if len(weights) > 1:
-        raise TypeError(
-            f"model: {type(model).__name__} has {len(weights)} LM heads on one hidden state, whose gradient therefore "
-            "belongs to several tokens at once. Use tap='logits'."
-        )
     assert isinstance(model, transformers.PreTrainedModel)
+    if len(weights) > 1:
+        return None
     config = model.config.get_text_config(decoder=True)
     ignored = IGNORED.get(model.config.model_type)
     factor = _first(config, FACTORS, ignored)
     divisor = _first(config, DIVISORS, ignored)
     if config.model_type in MULTIPLIES_LOGITS_SCALING:
         factor, divisor = divisor, None
-    rows = int(weights[0].shape[0])
     return OutputHead(
         model.get_output_embeddings(),
         scale=(factor or 1.0) / (divisor or 1.0),
         cap=_first(config, CAPS, ignored),
-        vocabulary=min(rows, getattr(config, "unpadded_vocab_size", None) or rows),  # Inkling drops the other logits
+        vocabulary=vocabulary_size(model),
     )
 
 
 def vocabulary_size(model: torch.nn.Module) -> int:
-    """Rows of the output embedding, also of a model with several of them.
+    """Width of the logits.
 
     Raises:
         TypeError: not a Hugging Face model, or one without an output embedding.
     """
-    return int(_weights(model)[0].shape[0])
+    rows = int(_weights(model)[0].shape[0])
+    assert isinstance(model, transformers.PreTrainedModel)
+    unpadded = getattr(model.config.get_text_config(decoder=True), "unpadded_vocab_size", None)
+    return min(rows, unpadded or rows)  # Inkling drops the logits of its padding
 
 
 def _weights(model: torch.nn.Module) -> list[Tensor]:
@@ -88,7 +87,7 @@ def _weights(model: torch.nn.Module) -> list[Tensor]:
             f"model: {type(model).__name__} is not a transformers model. Pass the AutoModelForCausalLM itself."
         )
     module = model.get_output_embeddings()
-    heads = list(module) if isinstance(module, torch.nn.ModuleList) else [module]  # MusicGen: one for each codebook
+    heads = list(module) if isinstance(module, torch.nn.ModuleList) else [module]
     weights = [weight for head in heads if isinstance(weight := getattr(head, "weight", None), Tensor)]
     if not weights:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Where a gradient is read: at the last hidden state, or at the logits.
+"""Where a gradient is read: at the last hidden state, the logits, or the log-probabilities that a fused head returns.
 
 A tap is a forward hook that puts a hook on one output tensor; when the backward pass reaches that tensor, the tap
 hands over its value, its gradient and the input ids. Nothing is returned to autograd, so nothing changes.
@@ -14,17 +14,36 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lcogeom.recording.base_model import LastHidden, input_ids
+from lcogeom.recording.base_model import LastHidden, hidden_modules, input_ids
 from lcogeom.recording.errors import TapError
 from lcogeom.recording.head import OutputHead
 
-OnBackward = Callable[[Tensor, Tensor, Tensor | None], None]
-"""(values (B, T', d or V), their gradient, input ids (B, T) or None)."""
+KINDS = ("auto", "hidden", "logits", "log_probs")
+
+
+@dataclass(frozen=True, eq=False)
+class Sighting:
+    """A backward pass has reached a tapped tensor."""
+
+    kind: str
+    """'hidden', 'logits' or 'log_probs'."""
+    values: Tensor
+    """(B, T', d), (B, T', V), or (B, T - 1)."""
+    gradient: Tensor
+    """Of the loss with respect to them."""
+    ids: Tensor | None
+    """The input ids (B, T) of the forward pass, where it was given any."""
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    """(B, T - 1), where the fused head computed them beside its log-probabilities."""
+
+
+OnBackward = Callable[[Sighting], None]
 
 
 @dataclass
 class Tap:
-    """One tap on a model. `forwards` counts the passes with gradients that it saw; none while `paused`."""
+    """The hooks on a model. `forwards` counts the passes with gradients that they saw; none while `paused`."""
 
     kind: str
     forwards: int
@@ -32,11 +51,37 @@ class Tap:
     paused: bool = False
 
 
-def hidden_tap(model: torch.nn.Module, head: OutputHead, on_backward: OnBackward) -> Tap:
-    """Read the base model's last hidden state: every training path computes it, with a fused loss too."""
+def tap_model(model: torch.nn.Module, head: OutputHead | None, kind: str, on_backward: OnBackward) -> Tap:
+    """Put the hooks of one kind of tap on a model.
 
-    def watch(hidden: Tensor, ids: Tensor | None) -> Callable[[], None]:
-        handle = _watch(hidden, ids, on_backward, "hidden states")
+    'hidden' reads the base model's last hidden state: every training path computes it, with a fused loss too.
+    'logits' reads the logits of the model's output: the whole gradient, for any loss; needs a path that builds them.
+    'log_probs' reads what TRL's fused head returns: f' of every token at once, but not whether the loss has others.
+    'auto' reads the logits where the loss hangs on them, else the last hidden state.
+
+    Raises:
+        TapError: a hidden-state tap on a model without a base model, or with several heads.
+    """
+    modules = [] if head is None else hidden_modules(model)
+    if not modules and kind == "hidden":
+        why = "no base model to read hidden states from"
+        if head is None:
+            why = "several LM heads on one hidden state, whose gradient therefore belongs to several tokens at once"
+        raise TapError(f"{type(model).__name__} has {why}. Use tap='logits'.")
+    last: LastHidden | None = None
+    taken: dict[str, bool] = {}  # of the latest forward pass: whether a gradient came at the logits
+
+    def watch_hidden(hidden: Tensor, ids: Tensor | None) -> Callable[[], None]:
+        nonlocal taken
+        taken = now = {"logits": False}
+        handle = _watch(
+            hidden,
+            lambda values, gradient, ids: (
+                None if now["logits"] else on_backward(Sighting("hidden", values, gradient, ids))
+            ),
+            ids,
+            lambda: _refuse("hidden states", "Work on a clone."),
+        )
         tap.forwards += handle is not None
 
         def forget() -> None:
@@ -46,22 +91,39 @@ def hidden_tap(model: torch.nn.Module, head: OutputHead, on_backward: OnBackward
 
         return forget
 
-    last = LastHidden(model, head, watch, lambda: tap.paused)
-    tap = Tap("hidden", 0, last.remove)
-    return tap
-
-
-def logits_tap(model: torch.nn.Module, on_backward: OnBackward) -> Tap:
-    """Read the logits of the model's output: the whole gradient, for any loss; needs a path that builds them."""
-
     def after_model(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if tap.paused or not isinstance(logits, Tensor):
+        if tap.paused or kind == "hidden":
             return
-        tap.forwards += _watch(logits, input_ids(args, kwargs), on_backward, "logits") is not None
+        ids = input_ids(args, kwargs)
+        if kind == "log_probs":
+            tap.forwards += _watch_log_probs(output, ids, on_backward)
+            return
+        if not isinstance(logits, Tensor):
+            return
+        now = taken
 
+        def arrived(values: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
+            now["logits"] = True
+            on_backward(Sighting("logits", values, gradient, ids))
+
+        def overwritten() -> None:
+            if last is None or not last.known:
+                _refuse("logits", "Use tap='hidden'.")
+
+        watched = _watch(logits, arrived, ids, overwritten) is not None
+        tap.forwards += watched and (last is None or not last.known)
+
+    if head is not None and modules and kind in ("auto", "hidden"):  # before after_model, which shares its pass
+        last = LastHidden(model, head, modules, watch_hidden, paused=lambda: tap.paused, required=kind == "hidden")
     handle = model.register_forward_hook(after_model, with_kwargs=True)
-    tap = Tap("logits", 0, handle.remove)
+
+    def remove() -> None:
+        handle.remove()
+        if last is not None:
+            last.remove()
+
+    tap = Tap("logits" if kind == "auto" and last is None else kind, 0, remove)
     return tap
 
 
@@ -76,7 +138,12 @@ def silence(tap: Tap) -> str:
     if tap.kind == "logits":
         return (
             "no gradient reached the recorder in this update: the model returned no logits that need a gradient. "
-            "A fused loss never builds them. Use tap='hidden'."
+            "A fused loss never builds them: use tap='hidden', or compute the loss from the model's logits."
+        )
+    if tap.kind == "log_probs":
+        return (
+            "no gradient reached the recorder in this update: the model returned no `log_probs` that need a gradient. "
+            "Only TRL's fused head returns them. Use tap='auto'."
         )
     return (
         "no gradient reached the recorder in this update: the model's forward never ran with gradients through the "
@@ -85,20 +152,47 @@ def silence(tap: Tap) -> str:
     )
 
 
-def _watch(tensor: Tensor, ids: Tensor | None, on_backward: OnBackward, what: str) -> RemovableHandle | None:
-    """Hand the tensor's gradient to on_backward once it comes; None where none will."""
+def _watch(
+    tensor: Tensor,
+    on_gradient: Callable[[Tensor, Tensor, Tensor | None], None],
+    ids: Tensor | None,
+    overwritten: Callable[[], None],
+) -> RemovableHandle | None:
+    """Hand over (values, gradient, ids) when the backward pass comes by; `overwritten()` if the values are gone."""
     if not tensor.requires_grad:
         return None
     values, version = tensor.detach(), tensor._version
 
     def arrived(gradient: Tensor) -> None:
         if values._version != version:
-            raise TapError(
-                f"the {what} were changed in place between the forward pass and the backward pass (logits.div_(T), "
-                "or a fused cross entropy), so the recorder cannot read them. "
-                + ("Use tap='hidden'." if what == "logits" else "Work on a clone.")
-            )
-        on_backward(values, gradient, ids)
+            overwritten()
+        else:
+            on_gradient(values, gradient, ids)
 
     handle: RemovableHandle = tensor.register_hook(arrived)
     return handle
+
+
+def _watch_log_probs(output: Any, ids: Tensor | None, on_backward: OnBackward) -> bool:
+    log_probs = getattr(output, "log_probs", None)
+    if not isinstance(log_probs, Tensor):
+        return False
+    beside = {
+        name: value.detach()
+        for name in ("entropy", "log_sum_sq_probs")
+        if isinstance(value := getattr(output, name, None), Tensor)
+    }
+    handle = _watch(
+        log_probs,
+        lambda values, gradient, ids: on_backward(Sighting("log_probs", values, gradient, ids, **beside)),
+        ids,
+        lambda: _refuse("log-probabilities", "Work on a clone, or use tap='hidden'."),
+    )
+    return handle is not None
+
+
+def _refuse(what: str, remedy: str) -> None:
+    raise TapError(
+        f"the {what} were changed in place between the forward pass and the backward pass (logits.div_(T), "
+        f"or a fused cross entropy), so the recorder cannot read them. {remedy}"
+    )
