@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,22 +40,42 @@ class Recorded:
     identical: bool = False
     """Parameters after the update, bit for bit as without the recorder."""
 
+    @property
+    def right(self) -> bool:
+        """All is as it must be of a float32 model: prob to 1e-6, logprob and entropy to 1e-5 nat, f' to 1e-4."""
+        return (
+            self.error is None
+            and self.tokens > 0
+            and self.norms > 0
+            and self.prob < 1e-6
+            and self.logprob < 1e-5
+            and self.entropy < 1e-5
+            and self.d1 < 1e-4
+            and self.misfit < 1e-4
+            and self.identical
+        )
 
-def one_update(model: transformers.PreTrainedModel, tap: str, folder: Path, rows: int = 2) -> Recorded:
-    """Forward, unclipped PPO loss over the completion tokens, backward, AdamW: once plain, once with the recorder.
+
+def one_update(
+    model: transformers.PreTrainedModel, taps: Sequence[str], folder: Path, rows: int = 2
+) -> dict[str, Recorded]:
+    """Forward, unclipped PPO loss over the completion tokens, backward, AdamW: once plain, once recorded by each tap.
 
     Args:
-        model: not changed; both updates work on copies.
-        tap: for attach().
-        folder: where the run folder `run` is made.
+        model: not changed; the updates work on copies.
+        taps: for attach().
+        folder: where the run folders are made, called after their taps.
         rows: sequences in the batch.
     """
     plain, _, _ = _update(copy.deepcopy(model), rows)
-    watched = copy.deepcopy(model)
+    return {tap: _recorded(copy.deepcopy(model), tap, folder / tap, rows, plain) for tap in taps}
+
+
+def _recorded(model: transformers.PreTrainedModel, tap: str, folder: Path, rows: int, plain: list[Tensor]) -> Recorded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            after, expected, run = _update(watched, rows, tap, folder / "run")
+            after, expected, run = _update(model, rows, tap, folder)
     except (lg.TapError, TypeError, ValueError) as error:
         return Recorded(f"{type(error).__name__}: {error}")
     assert run is not None
