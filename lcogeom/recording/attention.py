@@ -105,8 +105,8 @@ def _fused(kind: str, rows: int, config: transformers.PretrainedConfig) -> Parts
     groups = _key_value_heads(config, heads)
     if kind == "qkv_proj" and config.model_type == "codegen":
         return (rows // 3 // CODEGEN_BLOCKS,) * 3, CODEGEN_BLOCKS
-    if rows == 3 * heads * size and (kind in INTERLEAVED or config.model_type in INTERLEAVED_TYPES):
-        return (size, size, size), heads  # whatever the config's key heads: Falcon-RW ignores them
+    if rows == 3 * heads * size and config.model_type in INTERLEAVED_TYPES:
+        return (size, size, size), heads
     if rows != (heads + 2 * groups) * size:  # cross-attention's key and value
         return None
     if kind in INTERLEAVED:

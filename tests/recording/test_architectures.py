@@ -49,16 +49,26 @@ def test_types_that_cannot_be_built(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llama4", "bart", "opt", "bert", "qwen3_5"])
 def test_input_ids_are_known_without_batch(model_type: str, tmp_path: Path) -> None:
-    """Wrappers hand embeddings to the inner module, and some skip the outer one: the tokens are still named."""
-    model = build(model_type)
-    ids = torch.arange(3, 27).view(2, 12)
+    """Wrappers hand embeddings to the inner module, and some skip the outer one: the tokens are named, pass for pass."""
+    model = build(model_type).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wanted = []
     with lg.attach(model, optimizer, run=tmp_path / "run", tap="hidden"):
-        logits = model(input_ids=ids).logits[:, 4:-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 5:].flatten()).backward()
-        optimizer.step()
+        for update in range(3):
+            ids = torch.arange(3, 27).view(2, 12) + update
+            with torch.no_grad():
+                model(input_ids=ids.flip(1))  # an evaluation in between is not recorded
+            logits = model(input_ids=ids).logits[:, 4:-1].flatten(0, 1)
+            targets = ids[:, 5:].flatten()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, targets).backward()
+            optimizer.step()
+            logprob = torch.log_softmax(logits.detach().double(), 1).gather(1, targets[:, None]).squeeze(1)
+            wanted += [(update, token, value) for token, value in zip(targets.tolist(), logprob.tolist(), strict=True)]
     tokens = lg.load_run(tmp_path / "run").tokens
-    assert tokens["token_id"].tolist() == ids[:, 5:].flatten().tolist()
+    assert list(zip(tokens["step"], tokens["token_id"], strict=True)) == [(step, token) for step, token, _ in wanted]
+    assert tokens["logprob"].tolist() == pytest.approx([value for _, _, value in wanted], abs=1e-5)
+    assert tokens["d1"].tolist() == pytest.approx([-1 / 14] * 42, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["granite", "cohere", "gemma2", "gemma3", "opt", "hyperclovax"])

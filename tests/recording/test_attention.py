@@ -26,7 +26,7 @@ LATENT = ["axk1", "deepseek_v2", "deepseek_v3", "dots3_note_text", "glm4_moe_lit
 LINEAR = ["minimax", "qwen3_5_text", "qwen3_next", "qwen4_exp_text"]
 VARIANTS = {
     "falcon-grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False},
-    "falcon-per-head": {"multi_query": False},
+    "falcon-per-head": {"num_kv_heads": 4, "multi_query": False},
     "gpt_bigcode-per-head": {"multi_query": False},
 }
 
