@@ -49,7 +49,7 @@ def test_types_that_cannot_be_built(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llama4", "bart", "opt", "bert", "qwen3_5"])
 def test_input_ids_are_known_without_batch(model_type: str, tmp_path: Path) -> None:
-    """Wrappers hand embeddings to the inner module, and some skip the outer one: the tokens are named, pass for pass."""
+    """Wrappers hand embeddings to the inner module, and some skip the outer one: the tokens are named all the same."""
     model = build(model_type).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wanted = []
