@@ -33,6 +33,9 @@ def attach(
     audit_every: int | None = None,
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
+    black_box: int = 4,
+    spike: float = 10.0,
+    black_box_weights: bool = False,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -58,6 +61,11 @@ def attach(
         sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
             afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
         sketch_layers: keep the part of each layer as well, at that size for each.
+        black_box: of so many of the last updates the batches are kept, and written to the run folder when a loss, a
+            gradient or a weight is not finite or the gradient norm spikes (`run.black_box()`); 0 keeps none.
+        spike: times the running median of the gradient norm (of 100 updates).
+        black_box_weights: write the weights and the optimiser's state from before the step as well. Decided at the
+            step, which then waits for the device.
 
     Raises:
         FileExistsError: `run` exists.
@@ -72,6 +80,12 @@ def attach(
     for name, value in counts:
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}; must be at least 1.")
+    if black_box < 0:
+        raise ValueError(f"black_box: {black_box}; must be a number of updates, or 0 for none.")
+    if not spike > 1:
+        raise ValueError(f"spike: {spike}; must be above 1, times the running median of the gradient norm.")
+    if black_box_weights and not black_box:
+        raise ValueError("black_box_weights: there is no black box to keep them in; black_box must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
     if hasattr(model, "_orig_mod"):
@@ -107,6 +121,9 @@ def attach(
             audit_every=audit_every,
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
+            black_box=black_box,
+            spike=spike,
+            black_box_weights=black_box_weights,
         )
     except (TapError, TypeError, ValueError):
         shutil.rmtree(writer.path)  # made a moment ago, empty

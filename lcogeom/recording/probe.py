@@ -18,8 +18,10 @@ from torch import Tensor
 from lcogeom.objectives import Objective
 from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
+from lcogeom.recording.black_box import BlackBox
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head
+from lcogeom.recording.passes import ModelParts, base_of
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Tap, TapError, hidden_tap, logits_tap, silence
 from lcogeom.recording.tokens import Candidates, Columns, choose, measure
@@ -46,6 +48,9 @@ class Probe:
         audit_every: int | None,
         sketch: int,
         sketch_layers: bool,
+        black_box: int,
+        spike: float,
+        black_box_weights: bool,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -64,6 +69,19 @@ class Probe:
         self._auditor = None
         if audit_every is not None and minimised is not None:
             self._auditor = StepAuditor(model, minimised, self._tap)
+        self._black_box = None
+        if black_box:
+            self._black_box = BlackBox(
+                parts=ModelParts(model, None if self._tap.kind == "logits" else base_of(model), self._head),
+                optimizer=optimizer,
+                tap=self._tap,
+                objective=minimised,
+                run=self.path,
+                text=self._text,
+                updates=black_box,
+                spike=spike,
+                weights=black_box_weights,
+            )
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -120,9 +138,26 @@ class Probe:
         self._batch = BatchRecord(input_ids, given, old_logits)
         if loss is not None:
             self._losses.append(torch.as_tensor(loss).detach().mean())
+        if self._black_box is not None:
+            self._black_box.told(self._batch, loss)
+
+    def dump(self, reason: str) -> Path | None:
+        """Write the black box now: the batches of the last updates, and of the one under way.
+
+        Returns:
+            The folder it was written to; None, with a warning, if the disk refused.
+
+        Raises:
+            ValueError: attached with `black_box=0`.
+        """
+        if self._black_box is None:
+            raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
+        return self._black_box.dump(self._step, reason)
 
     def flush(self) -> None:
         """Write everything recorded so far to the run folder."""
+        if self._black_box is not None:
+            self._black_box.settle()
         for update in self._pending:
             self._write(update)
         self._pending.clear()
@@ -138,6 +173,8 @@ class Probe:
         for handle in self._steps:
             handle.remove()
         self.flush()
+        if self._black_box is not None:
+            self._black_box.remove()
 
     def __enter__(self) -> Probe:
         return self
@@ -151,6 +188,8 @@ class Probe:
         """A backward pass reached the tap: keep its completion tokens."""
         batch, self._batch = self._batch, None
         self._backwards += 1
+        if self._black_box is not None:
+            self._black_box.arrived(ids)
         if ids is None:
             if batch is None:
                 raise TapError(
@@ -226,6 +265,8 @@ class Probe:
             ]
         self._candidates = []
         self._now = self._meter.before_step()
+        if self._black_box is not None:
+            self._black_box.before_step(self._step, self._now, self._measured)
 
     def _after_step(self) -> None:
         audit: dict[str, float] = {}
@@ -234,6 +275,8 @@ class Probe:
                 audit = self._auditor.audit(*self._meter.around_the_step())
             self._auditor.forget()
         found, norms = self._meter.after_step()
+        if self._black_box is not None:
+            self._black_box.after_step(found["update_norm"], norms)
         self._pending.append(
             {
                 "step": self._step,

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lcogeom.runs.black_box import BlackBoxEntry, read_entries
 from lcogeom.runs.columns import glossary, schema
 from lcogeom.runs.sketches import Sketches, read_sketches
 from lcogeom.runs.store import COLLECTION, SCHEMA_VERSION
@@ -58,6 +59,10 @@ class Run:
             )
         steps = _read_parts(found[0], "updates", [])["step"]
         return read_sketches(found[0], steps.to_numpy(int), layer)
+
+    def black_box(self) -> list[BlackBoxEntry]:
+        """What was written down when something went wrong, by run and update; damaged dumps are left out, and said."""
+        return [entry for folder, _ in _members(self.path, self.meta) for entry in read_entries(folder)]
 
 
 def load_run(path: str | Path) -> Run:
