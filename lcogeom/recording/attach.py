@@ -62,10 +62,11 @@ def attach(
             afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
         sketch_layers: keep the part of each layer as well, at that size for each.
         black_box: of so many of the last updates the batches are kept, and written to the run folder when a loss, a
-            gradient or a weight is not finite or the gradient norm spikes (`run.black_box()`); 0 keeps none.
-        spike: times the running median of the gradient norm (of 100 updates).
-        black_box_weights: write the weights and the optimiser's state from before the step as well. Decided at the
-            step, which then waits for the device.
+            gradient or a weight is not finite, or when the norm of the gradient or of the step spikes; read by
+            `run.black_box()`, replayed by `replay_batch`. 0 keeps none.
+        spike: from so many times the running median (of 100 updates) on, a norm is a spike.
+        black_box_weights: the weights from before the step are written as well, and the optimiser's state unless the
+            step itself was the spike. The recorder then waits for the device at every step.
 
     Raises:
         FileExistsError: `run` exists.

@@ -1,7 +1,7 @@
 """The black box: the batches of the last updates, written down when something goes wrong.
 
-An event is a loss, gradient or weight that is not finite, or a gradient norm far above its running median. Whether
-there was one is decided
+An event is a loss, gradient or weight that is not finite, or a gradient or step whose norm is far above its running
+median (a wrong learning rate shows in the step first). Whether there was one is decided
 
 - on a CPU, or where the weights are wanted: at the step, before it changes the weights. The update's passes can run
   again with the weights that made them, which names the first tensor that was not finite.
@@ -12,7 +12,6 @@ there was one is decided
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,12 +31,9 @@ from lcogeom.recording.non_finite import describe, first_non_finite
 from lcogeom.recording.passes import ForwardPass, ModelParts, PassWatcher, keep_batch
 from lcogeom.recording.snapshot import batch_files, optimizer_state, weights_state
 from lcogeom.recording.taps import Tap
+from lcogeom.recording.triggers import Triggers
 from lcogeom.runs.black_box import OPTIMIZER, WEIGHTS, NonFinite, write_entry, write_trigger
 
-HISTORY = 100
-"""Updates in the running median of the gradient norm."""
-SETTLED = 5
-"""No spike is called before so many norms are known."""
 DUMPS = 3
 """Automatic ones in one run; events beyond them are listed, not dumped."""
 LATE = 2
@@ -59,6 +55,15 @@ class KeptUpdate:
     """Gradient norm of each layer."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Event:
+    reason: str
+    found: NonFinite | None
+    note: str
+    before: Mapping[int, Tensor] | None
+    """Weights to be written: None for none; those the step has changed already, by id, with their values before."""
+
+
 class BlackBox:
     """Watches a run's passes and norms for one Probe."""
 
@@ -78,16 +83,15 @@ class BlackBox:
         """updates: how many of the last ones are kept; the rest as in `attach`."""
         self._parts, self._model, self._optimizer = parts, parts.model, optimizer
         self._tap, self._objective, self._run, self._text = tap, objective, run, text
-        self._updates, self._spike, self._weights = updates, spike, weights
+        self._updates, self._weights = updates, weights
         self._device = parts.device
         self._at_once = weights or self._device.type == "cpu"
         self._watcher = PassWatcher(parts, lambda: tap.paused)
         self._told: tuple[BatchRecord, Tensor | None, dict[str, str]] | None = None
         self._passes: list[ForwardPass] = []
         self._window: deque[KeptUpdate] = deque(maxlen=updates + LATE)
-        self._waiting: deque[tuple[KeptUpdate, Tensor, Any]] = deque()
-        self._norms: deque[float] = deque(maxlen=HISTORY)
-        self._last: dict[str, int] = {}  # kind of event -> its latest update
+        self._waiting: deque[tuple[KeptUpdate, _OnItsWay]] = deque()
+        self._triggers = Triggers(spike, apart=updates)
         self._dumps = 0
         self._warned: set[str] = set()
 
@@ -127,17 +131,22 @@ class BlackBox:
         rows = zip(norms["scope"], norms["name"], norms["grad_norm"], strict=True)
         update.layers = [(str(n), value) for scope, n, value in rows if scope == "layer" and isinstance(value, Tensor)]
         if self._at_once:
-            self._judge_weights(update, float(update_norm))
+            if not self._weights:  # else stepped() has done it
+                self._judge_step(update, float(update_norm))
             return
-        numbers = [update.grad_norm, update_norm, *update.losses]
-        together = torch.stack([number.to(self._device, torch.float64, non_blocking=True) for number in numbers])
-        copied = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
-        copied.copy_(together, non_blocking=True)
-        ready = torch.get_device_module(self._device).Event()
-        ready.record()
-        self._waiting.append((update, copied, ready))
-        while self._waiting and (self._waiting[0][2].query() or len(self._waiting) > LATE):
+        self._waiting.append((update, _OnItsWay([update.grad_norm, update_norm, *update.losses], self._device)))
+        while self._waiting and (self._waiting[0][1].is_here() or len(self._waiting) > LATE):
             self._decide_late()
+
+    def stepped(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """The same with the values before the step still at hand: an event of the step is written with them."""
+        if self._weights:
+            pairs = zip(parameters, before, strict=True)
+            squares = [torch.linalg.vector_norm((new.detach() - old).float()).square() for new, old in pairs]
+            norm = torch.stack(squares).double().sum().sqrt()
+            self._window[-1].update_norm = norm
+            old = {id(parameter): value for parameter, value in zip(parameters, before, strict=True)}
+            self._judge_step(self._window[-1], float(norm), old)
 
     def settle(self) -> None:
         """Decide what is still waiting for the device."""
@@ -147,11 +156,24 @@ class BlackBox:
     def dump(self, step: int, reason: str) -> Path | None:
         """Write the last updates, and the passes of the one under way; None if the disk refused."""
         self.settle()
+        asked = _Event(reason, None, "written on request", {} if self._weights and self._passes else None)
         if not self._passes:
-            return self._write(max(step - 1, 0), reason, list(self._window)[-self._updates :], None, "asked for")
+            return self._write(max(step - 1, 0), list(self._window)[-self._updates :], asked)
         under_way = KeptUpdate(step, self._passes, [], torch.tensor(math.nan), [])
         kept = [*self._window, under_way][-self._updates :]
-        return self._write(step, reason, kept, None, "asked for", weights=self._weights)
+        return self._write(step, kept, asked)
+
+    def stopped(self, step: int) -> None:
+        """The loop raises within an update, as clip_grad_norm_(error_if_nonfinite=True) does: a last look at it."""
+        if not self._passes:
+            return
+        losses = [one.loss for one in self._passes if one.loss is not None]
+        gradients = (parameter.grad for parameter in self._model.parameters() if parameter.grad is not None)
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        norm = torch.tensor(0.0 if finite else math.nan)
+        update = KeptUpdate(step, self._passes, losses, norm, [])
+        self._window.append(update)
+        self._judge(update, [float(loss) for loss in losses], float(norm), live=True)
 
     def remove(self) -> None:
         """Take the hooks off and let go of everything."""
@@ -160,85 +182,71 @@ class BlackBox:
         self._passes.clear()
 
     def _decide_late(self) -> None:
-        update, copied, ready = self._waiting.popleft()
-        ready.synchronize()
-        norm, step_norm, *losses = copied.tolist()
-        if not self._judge(update, losses, norm, live=False):
-            self._judge_weights(update, step_norm)
+        update, numbers = self._waiting.popleft()
+        norm, step_norm, *losses = numbers.wait()
+        self._judge(update, losses, norm, live=False)
+        self._judge_step(update, step_norm)
 
-    def _judge(self, update: KeptUpdate, losses: Sequence[float], norm: float, *, live: bool) -> bool:
-        """Dump if a loss or the norm is not finite, or a spike. live: the model's weights are those that made it."""
-        usual = statistics.median(self._norms) if len(self._norms) >= SETTLED else math.inf
-        if (
-            math.isfinite(norm) and norm > 0
-        ):  # an update without advantages has no gradient; it says nothing of the usual
-            self._norms.append(norm)
-        bad = next((loss for loss in losses if not math.isfinite(loss)), None)
-        if bad is not None or not math.isfinite(norm):
-            what = f"the loss is {bad}" if bad is not None else f"the gradient norm is {norm}"
-            if self._is_new("non-finite", update.step):
-                found, note = self._search(update) if live else self._known(update)
-                self._event(update, what, found, note, live)
-            return True
-        if norm > self._spike * usual:
-            reason = f"the gradient norm {norm:.3g} is {norm / usual:.3g} times its running median {usual:.3g}"
-            if self._is_new("spike", update.step):
-                self._event(update, reason, None, "loss and gradient norm are finite", live)
-            return True
-        return False
-
-    def _judge_weights(self, update: KeptUpdate, step_norm: float) -> None:
-        if math.isfinite(step_norm) or not self._is_new("non-finite", update.step):
+    def _judge(self, update: KeptUpdate, losses: Sequence[float], norm: float, *, live: bool) -> None:
+        """Dump if losses or gradient are an event. live: the model's weights and gradients are those of the update."""
+        reason = self._triggers.before_step(update.step, losses, norm)
+        if reason is None:
             return
-        named = ((name, parameter) for name, parameter in self._model.named_parameters())
-        found = next((bad for name, weight in named if (bad := describe("weight", name, weight, None))), None)
-        reason = f"the norm of the step is {step_norm}, the gradient's is finite"
-        self._event(update, reason, found, "the weights after the step", live=False)
+        found, note = None, "loss and gradient are finite"
+        if not math.isfinite(sum(losses, norm)):
+            found, note = self._search(update) if live else self._known(update, live=False)
+        self._happened(update, _Event(reason, found, note, {} if live and self._weights else None))
 
-    def _is_new(self, kind: str, step: int) -> bool:
-        """Whether an event of this kind has not been going on through the updates that are kept."""
-        last = self._last.get(kind)
-        self._last[kind] = step
-        return last is None or step - last > self._updates
+    def _judge_step(self, update: KeptUpdate, norm: float, before: Mapping[int, Tensor] | None = None) -> None:
+        """Dump if the step is an event. before: the weights' values from before it, by id, where they are known."""
+        reason = self._triggers.after_step(update.step, norm)
+        if reason is None:
+            return
+        found, note = None, "loss, gradient and step are finite"
+        if not math.isfinite(norm):
+            named = ((name, parameter) for name, parameter in self._model.named_parameters())
+            found = next((bad for name, weight in named if (bad := describe("weight", name, weight, None))), None)
+            note = "from the weights after the step"
+        self._happened(update, _Event(reason, found, note, before))
 
-    def _event(self, update: KeptUpdate, reason: str, found: NonFinite | None, note: str, live: bool) -> None:
-        dumped = self._dumps < DUMPS
-        if dumped:
-            self._dumps += 1
+    def _happened(self, update: KeptUpdate, event: _Event) -> None:
+        dumped = False
+        if self._dumps < DUMPS:
             kept = [one for one in self._window if one.step <= update.step][-self._updates :]
-            self._write(update.step, reason, kept, found, note, weights=live and self._weights)
+            dumped = self._write(update.step, kept, event) is not None
+            self._dumps += dumped
         else:
             self._warn(
                 "left out",
-                f"black box: update {update.step}: {reason}; not dumped, because {DUMPS} dumps were made already. "
-                "triggers.jsonl lists every event; probe.dump(reason) writes one whenever it is called.",
+                f"black box: update {update.step}: {event.reason}; not dumped, because {DUMPS} dumps were made "
+                "already. triggers.jsonl lists every event; probe.dump(reason) writes one whenever it is called.",
             )
         try:
-            write_trigger(self._run, {"step": update.step, "reason": reason, "dumped": dumped})
+            write_trigger(self._run, {"step": update.step, "reason": event.reason, "dumped": dumped})
         except OSError as error:
             self._warn("disk", f"black box: the list of events could not be written: {error}")
 
     def _search(self, update: KeptUpdate) -> tuple[NonFinite | None, str]:
         """The first non-finite tensor, from running the passes again; else what is known without."""
         if _several_processes():
-            found, note = self._known(update)
+            found, note = self._known(update, live=True)
             return found, f"{note}; the passes did not run again, because other processes take part in them"
         with self._paused():
             found, note = first_non_finite(self._parts, update.passes, self._objective)
         if found is None:
-            found, known = self._known(update)
+            found, known = self._known(update, live=True)
             note = f"{note}; {known}"
         return found, note
 
-    def _known(self, update: KeptUpdate) -> tuple[NonFinite | None, str]:
-        """What the recorded numbers say."""
+    def _known(self, update: KeptUpdate, *, live: bool) -> tuple[NonFinite | None, str]:
+        """What the recorded numbers say. live: .grad is still that of the update."""
         columns = [part["logprob"] for part in update.tokens]
         if columns and (found := describe("logits", "of the recorded tokens", torch.cat(columns), None)):
             return found, "from the recorded tokens: their log-probabilities are not finite"
         for part, loss in enumerate(update.losses):
             if found := describe("loss", "of the whole pass", loss, part):
                 return found, "from the loss handed to batch()"
-        for name, parameter in reversed(list(self._model.named_parameters())):
+        for name, parameter in reversed(list(self._model.named_parameters()) if live else []):
             if parameter.grad is not None and (found := describe("gradient", name, parameter.grad, None)):
                 return found, "from the gradients in .grad, from the last parameter to the first"
         for name, norm in reversed(update.layers):
@@ -246,45 +254,37 @@ class BlackBox:
                 return found, "from the norms of the layers' gradients, from the last to the first"
         return None, "nothing that was recorded is not finite"
 
-    def _write(
-        self,
-        step: int,
-        reason: str,
-        kept: Sequence[KeptUpdate],
-        found: NonFinite | None,
-        note: str,
-        *,
-        weights: bool = False,
-    ) -> Path | None:
+    def _write(self, step: int, kept: Sequence[KeptUpdate], event: _Event) -> Path | None:
         try:
             batches, files = batch_files([(update.step, update.passes) for update in kept])
             tied: dict[str, str] = {}
             optimizer: dict[str, Any] | None = None
-            if weights:
-                files[WEIGHTS], tied = weights_state(self._model)
+            if event.before is not None:
+                files[WEIGHTS], tied = weights_state(self._model, event.before)
+            if event.before == {}:  # after the step its own state from before is gone
                 optimizer, tensors = optimizer_state(self._optimizer)
                 if tensors:
                     files[OPTIMIZER] = tensors
             objective = self._objective
             report = {
                 "step": step,
-                "reason": reason,
+                "reason": event.reason,
                 "objective": None
                 if objective is None
                 else {"name": objective.name, "options": {k: _plain(v) for k, v in objective.options.items()}},
                 "batches": batches,
                 "updates": [_numbers(update) for update in kept],
-                "first_non_finite": found,
-                "note": note,
+                "first_non_finite": event.found,
+                "note": event.note,
                 "tokens": heaviest_tokens(step, kept[-1].tokens if kept else [], self._text),
                 "tied": tied,
                 "optimizer": optimizer,
             }
             place = write_entry(self._run, step, report, files)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, or no memory for the copies
-            self._warn("disk", f"black box: update {step} could not be written ({reason}): {error}")
+            self._warn("disk", f"black box: update {step} could not be written ({event.reason}): {error}")
             return None
-        warnings.warn(f"black box: update {step}: {reason}. Written to {str(place)!r}", stacklevel=2)
+        warnings.warn(f"black box: update {step}: {event.reason}. Written to {str(place)!r}", stacklevel=2)
         return place
 
     @contextmanager
@@ -300,6 +300,30 @@ class BlackBox:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=2)
+
+
+class _OnItsWay:
+    """Numbers that are copied from a device while it goes on working."""
+
+    def __init__(self, numbers: Sequence[Tensor], device: torch.device) -> None:
+        """numbers: 0-d each."""
+        together = torch.stack([number.to(device, torch.float64, non_blocking=True) for number in numbers])
+        self._numbers = torch.empty(together.shape, dtype=together.dtype, pin_memory=device.type == "cuda")
+        self._numbers.copy_(together, non_blocking=True)
+        self._copied = None
+        if device.type != "cpu":
+            self._copied = torch.get_device_module(device).Event()
+            self._copied.record()
+
+    def is_here(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> list[float]:
+        """The numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
 
 
 def _several_processes() -> bool:

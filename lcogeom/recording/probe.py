@@ -182,6 +182,8 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and self._black_box is not None:
+            self._black_box.stopped(self._step)
         self.close()
 
     def _arrived(self, values: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
@@ -274,6 +276,8 @@ class Probe:
             if self._step % self._audit_every == 0:
                 audit = self._auditor.audit(*self._meter.around_the_step())
             self._auditor.forget()
+        if self._black_box is not None:
+            self._black_box.stepped(*self._meter.around_the_step())
         found, norms = self._meter.after_step()
         if self._black_box is not None:
             self._black_box.after_step(found["update_norm"], norms)

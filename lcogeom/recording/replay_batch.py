@@ -83,7 +83,7 @@ def _objective(batch: RecordedBatch, given: str | Objective | None, *, labels: b
             return objective_by_name(batch.objective["name"], **batch.objective["options"])
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"objective: {batch.objective['name']!r} cannot be built from the record ({error}); pass objective=..."
+                f"objective: {batch.objective['name']!r} cannot be built from the record; pass objective=..."
             ) from error
     if labels:
         return objective_by_name("sft")

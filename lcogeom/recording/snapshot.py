@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,10 @@ def recorded_pass(batch: RecordedBatch) -> ForwardPass:
     )
 
 
-def weights_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def weights_state(model: torch.nn.Module, before: Mapping[int, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(weights and buffers by name, tied name -> the name that it is kept under).
+
+    before: id of a parameter -> the value to keep in place of its own.
 
     Raises:
         RuntimeError: parameters are spread over processes.
@@ -84,7 +86,7 @@ def weights_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if hasattr(tensor, "full_tensor"):
             raise RuntimeError("parameters are spread over processes; black_box_weights=True cannot keep them")
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -92,7 +94,7 @@ def weights_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
             tied[name] = places[place]
         else:
             places[place] = name
-            kept[name] = tensor.detach().contiguous()
+            kept[name] = before.get(id(tensor), tensor).detach().contiguous()
     return kept, tied
 
 

@@ -78,10 +78,12 @@ class RecordedBatch:
     """The dtype of autocast, such as "bfloat16"; None if it was off."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`input.NAME`: the arguments of forward; `batch.NAME`: those of batch(); `rng.DEVICE`: before the pass."""
-        from safetensors.torch import load_file
+        """`input.NAME`: the arguments of forward; `batch.NAME`: those of batch(); `rng.DEVICE`: before the pass.
 
-        return load_file(self.path)
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return _load(self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +111,12 @@ class BlackBoxEntry:
         Raises:
             ValueError: none were kept, or they are of another architecture.
         """
-        from safetensors.torch import load_file
-
         if not self.has_weights:
             raise ValueError(
                 f"weights: {str(self.path)!r} holds none. Load your own checkpoint of update {self.step}, or record "
                 "with attach(..., black_box_weights=True)."
             )
-        state = load_file(self.path / WEIGHTS)
+        state = _load(self.path / WEIGHTS)
         for alias, name in _read_report(self.path)["tied"].items():
             state[alias] = state[name]
         try:
@@ -130,15 +130,13 @@ class BlackBoxEntry:
         Raises:
             ValueError: none was kept.
         """
-        from safetensors.torch import load_file
-
         plain = _read_report(self.path).get("optimizer")
         if plain is None:
             raise ValueError(f"optimizer: {str(self.path)!r} holds no state; see attach(..., black_box_weights=True).")
         state: dict[int, dict[str, Any]] = {int(key): dict(values) for key, values in plain["state"].items()}
         groups = [dict(group) for group in plain["param_groups"]]
         file = self.path / OPTIMIZER
-        for name, tensor in (load_file(file) if file.exists() else {}).items():
+        for name, tensor in (_load(file) if file.exists() else {}).items():
             where, number, key = name.split(".", 2)
             (state.setdefault(int(number), {}) if where == "state" else groups[int(number)])[key] = tensor
         return {"state": state, "param_groups": groups}
@@ -228,6 +226,16 @@ def _read_entry(folder: Path) -> BlackBoxEntry:
         tokens=tokens,
         has_weights=(folder / WEIGHTS).is_file(),
     )
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"black box: {str(file)!r} is damaged ({error}).") from error
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
