@@ -83,11 +83,11 @@ class BlackBox:
         """updates: how many of the last ones are kept; the rest as in `attach`."""
         self._parts, self._model, self._optimizer = parts, parts.model, optimizer
         self._tap, self._objective, self._run, self._text = tap, objective, run, text
-        self._updates, self._weights = updates, weights
+        self._updates, self.keeps_weights = updates, weights
         self._device = parts.device
         self._at_once = weights or self._device.type == "cpu"
         self._watcher = PassWatcher(parts, lambda: tap.paused)
-        self._told: tuple[BatchRecord, Tensor | None, dict[str, str]] | None = None
+        self._told: dict[int, tuple[BatchRecord, Tensor | None, dict[str, str]]] = {}  # by the id of batch()'s record
         self._passes: list[ForwardPass] = []
         self._window: deque[KeptUpdate] = deque(maxlen=updates + LATE)
         self._waiting: deque[tuple[KeptUpdate, _OnItsWay]] = deque()
@@ -96,14 +96,14 @@ class BlackBox:
         self._warned: set[str] = set()
 
     def told(self, batch: BatchRecord, loss: Tensor | float | None) -> None:
-        """batch() was called for the next backward pass."""
+        """batch() was called."""
         left_out: dict[str, str] = {}
         kept = keep_batch(batch, left_out)
-        self._told = kept, None if loss is None else torch.as_tensor(loss).detach().mean(), left_out
+        self._told[id(batch)] = kept, None if loss is None else torch.as_tensor(loss).detach().mean(), left_out
 
-    def arrived(self, ids: Tensor | None) -> None:
-        """A backward pass reached the tap. ids: the model's input_ids."""
-        told, self._told = self._told, None
+    def arrived(self, ids: Tensor | None, batch: BatchRecord | None) -> None:
+        """A backward pass reached the tap. ids: the model's input_ids; batch: what batch() said of them."""
+        told = None if batch is None else self._told.pop(id(batch), None)
         one = self._watcher.arrived(ids)
         if one is None:
             return
@@ -113,40 +113,52 @@ class BlackBox:
             one.left_out |= left_out
         self._passes.append(one)
 
+    def forget(self) -> None:
+        """The gradients of the passes so far were thrown away."""
+        self._passes = []
+
     def before_step(self, step: int, values: Mapping[str, Tensor], tokens: Sequence[dict[str, Tensor]]) -> None:
         """The optimiser is about to step. values: columns of `updates`, 0-d each; tokens: of the tokens table."""
         passes, self._passes = self._passes, []
         self._watcher.forget()
-        norm = values.get("grad_norm", values["grad_norm_clipped"])
+        self._told.clear()
+        norm = values["grad_norm_clipped"]
+        if "grad_norm" in values:  # NaN where something else than one factor came over the gradient before the step
+            norm = torch.where(values["grad_norm"].isnan(), norm, values["grad_norm"])
         losses = [one.loss for one in passes if one.loss is not None]
         update = KeptUpdate(step, passes, losses, norm, list(tokens))
         self._window.append(update)
         if self._at_once:
             self._judge(update, [float(loss) for loss in losses], float(norm), live=True)
 
-    def after_step(self, update_norm: Tensor, norms: Mapping[str, Sequence[object]]) -> None:
-        """The optimiser has stepped. norms: rows of the norms table."""
+    def after_step(
+        self,
+        update_norm: Tensor | None,
+        norms: Mapping[str, Sequence[object]],
+        around: tuple[Sequence[Tensor], Sequence[Tensor]],
+    ) -> None:
+        """The optimiser has stepped.
+
+        Args:
+            update_norm: 0-d; None where it is not measured.
+            norms: rows of the norms table.
+            around: the parameters, and their values before the step where they were kept.
+        """
         update = self._window[-1]
         update.update_norm = update_norm
         rows = zip(norms["scope"], norms["name"], norms["grad_norm"], strict=True)
         update.layers = [(str(n), value) for scope, n, value in rows if scope == "layer" and isinstance(value, Tensor)]
         if self._at_once:
-            if not self._weights:  # else stepped() has done it
-                self._judge_step(update, float(update_norm))
+            old = (
+                {id(parameter): value for parameter, value in zip(*around, strict=True)} if self.keeps_weights else None
+            )
+            if update_norm is not None:
+                self._judge_step(update, float(update_norm), old)
             return
-        self._waiting.append((update, _OnItsWay([update.grad_norm, update_norm, *update.losses], self._device)))
+        numbers = [update.grad_norm, *([] if update_norm is None else [update_norm]), *update.losses]
+        self._waiting.append((update, _OnItsWay(numbers, self._device)))
         while self._waiting and (self._waiting[0][1].is_here() or len(self._waiting) > LATE):
             self._decide_late()
-
-    def stepped(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """The same with the values before the step still at hand: an event of the step is written with them."""
-        if self._weights:
-            pairs = zip(parameters, before, strict=True)
-            squares = [torch.linalg.vector_norm((new.detach() - old).float()).square() for new, old in pairs]
-            norm = torch.stack(squares).double().sum().sqrt()
-            self._window[-1].update_norm = norm
-            old = {id(parameter): value for parameter, value in zip(parameters, before, strict=True)}
-            self._judge_step(self._window[-1], float(norm), old)
 
     def settle(self) -> None:
         """Decide what is still waiting for the device."""
@@ -156,7 +168,7 @@ class BlackBox:
     def dump(self, step: int, reason: str) -> Path | None:
         """Write the last updates, and the passes of the one under way; None if the disk refused."""
         self.settle()
-        asked = _Event(reason, None, "written on request", {} if self._weights and self._passes else None)
+        asked = _Event(reason, None, "written on request", {} if self.keeps_weights and self._passes else None)
         if not self._passes:
             return self._write(max(step - 1, 0), list(self._window)[-self._updates :], asked)
         under_way = KeptUpdate(step, self._passes, [], torch.tensor(math.nan), [])
@@ -183,9 +195,11 @@ class BlackBox:
 
     def _decide_late(self) -> None:
         update, numbers = self._waiting.popleft()
-        norm, step_norm, *losses = numbers.wait()
+        norm, *others = numbers.wait()
+        losses = others[len(others) - len(update.losses) :]
         self._judge(update, losses, norm, live=False)
-        self._judge_step(update, step_norm)
+        if update.update_norm is not None:
+            self._judge_step(update, others[0])
 
     def _judge(self, update: KeptUpdate, losses: Sequence[float], norm: float, *, live: bool) -> None:
         """Dump if losses or gradient are an event. live: the model's weights and gradients are those of the update."""
@@ -195,7 +209,7 @@ class BlackBox:
         found, note = None, "loss and gradient are finite"
         if not math.isfinite(sum(losses, norm)):
             found, note = self._search(update) if live else self._known(update, live=False)
-        self._happened(update, _Event(reason, found, note, {} if live and self._weights else None))
+        self._happened(update, _Event(reason, found, note, {} if live and self.keeps_weights else None))
 
     def _judge_step(self, update: KeptUpdate, norm: float, before: Mapping[int, Tensor] | None = None) -> None:
         """Dump if the step is an event. before: the weights' values from before it, by id, where they are known."""
@@ -272,6 +286,7 @@ class BlackBox:
                 "objective": None
                 if objective is None
                 else {"name": objective.name, "options": {k: _plain(v) for k, v in objective.options.items()}},
+                "temperature": self._parts.temperature,
                 "batches": batches,
                 "updates": [_numbers(update) for update in kept],
                 "first_non_finite": event.found,

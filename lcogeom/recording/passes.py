@@ -30,6 +30,8 @@ class ModelParts:
     """Whose calls are recorded, because a fused loss may call nothing else; None: the model's own."""
     head: OutputHead
     """From the base's hidden states to the logits."""
+    temperature: float
+    """Logits are divided by it before the softmax."""
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +206,7 @@ def run_again(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, Tensor, Tens
     """The forward pass again, inside `as_it_was`.
 
     Returns:
-        sequence, place in the input, and logits (M, V) of its completion tokens.
+        sequence, place in the input, and logits (M, V) of its completion tokens, as they enter the softmax.
 
     Raises:
         ValueError: an input was left out, or nothing says which tokens are the completion.
@@ -232,9 +234,10 @@ def run_again(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, Tensor, Tens
         assert parts.base is not None
         output = parts.base(**inputs, **options)
         hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        return sequence, place, parts.head.logits(hidden[sequence, place - 1 - ids.shape[1]])
-    output = parts.model(**inputs, **options)
-    return sequence, place, output.logits[sequence, place - 1 - ids.shape[1]]
+        logits = parts.head.logits(hidden[sequence, place - 1 - ids.shape[1]])
+    else:
+        logits = parts.model(**inputs, **options).logits[sequence, place - 1 - ids.shape[1]]
+    return sequence, place, logits if parts.temperature == 1 else logits / parts.temperature
 
 
 def _set_random_states(states: dict[str, Tensor]) -> None:

@@ -48,7 +48,7 @@ def replay_batch(
     """
     one = recorded_pass(batch)
     minimised = _objective(batch, objective, labels="labels" in one.inputs)
-    parts = ModelParts(model, base_of(model) if one.module == "base" else None, output_head(model))
+    parts = ModelParts(model, base_of(model) if one.module == "base" else None, output_head(model), batch.temperature)
     with torch.no_grad(), as_it_was(parts, one):
         sequence, place, logits = run_again(parts, one)
         ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids

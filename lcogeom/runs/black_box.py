@@ -76,6 +76,8 @@ class RecordedBatch:
     """The modules whose mode was not the model's."""
     autocast: str | None
     """The dtype of autocast, such as "bfloat16"; None if it was off."""
+    temperature: float
+    """What the logits were divided by, as named at attach()."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`input.NAME`: the arguments of forward; `batch.NAME`: those of batch(); `rng.DEVICE`: before the pass.
@@ -208,7 +210,7 @@ def _read_entry(folder: Path) -> BlackBoxEntry:
         found["loss"] = None if batch["loss"] is None else float(batch["loss"])
         if not found["path"].is_file():
             raise ValueError(f"no file {batch['file']}")
-        batches.append(RecordedBatch(objective=report["objective"], **found))
+        batches.append(RecordedBatch(objective=report["objective"], temperature=float(report["temperature"]), **found))
     first = report["first_non_finite"]
     updates = pd.DataFrame(report["updates"], columns=["step", "loss", "grad_norm", "update_norm"])
     tokens = pd.DataFrame(report["tokens"], columns=list(TOKENS))
