@@ -102,7 +102,7 @@ def attach(
         raise ValueError("black_box_weights: there is no black box to keep them in; black_box must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise TapError(
             "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
             "lcogeom.attach(model, ...) first, then torch.compile(model)."

@@ -149,9 +149,7 @@ class BlackBox:
         rows = zip(norms["scope"], norms["name"], norms["grad_norm"], strict=True)
         update.layers = [(str(n), value) for scope, n, value in rows if scope == "layer" and isinstance(value, Tensor)]
         if self._at_once:
-            old = (
-                {id(parameter): value for parameter, value in zip(*around, strict=True)} if self.keeps_weights else None
-            )
+            old = {id(p): value for p, value in zip(*around, strict=True)} if self.keeps_weights else None
             if update_norm is not None:
                 self._judge_step(update, float(update_norm), old)
             return

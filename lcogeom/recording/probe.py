@@ -204,11 +204,11 @@ class Probe:
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
         values, gradient = sighting.values, sighting.gradient
-        self._forget_skipped()
-        self._backwards += 1
         if not self._in_backward:
+            self._forget_skipped()  # not between two forward passes of one backward pass: its gradients are to come
             self._in_backward = True
             _at_end_of_backward(self._backward_ended)
+        self._backwards += 1
         batch, ids = self._said_of(sighting.ids)
         if self._black_box is not None:
             self._black_box.arrived(sighting.ids, batch)
