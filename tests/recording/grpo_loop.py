@@ -24,8 +24,8 @@ class Seen:
     losses: list[float]
     completions: list[list[list[str]]]
     """Texts of the tokens of each completion."""
-    optimizer_states: list[dict]
-    """Before the step."""
+    optimizer_state: dict
+    """Before the step after `at`."""
 
 
 def logprobs(model: torch.nn.Module, batch: Sequences) -> Tensor:
@@ -44,7 +44,7 @@ def explode(
     reference = copy.deepcopy(model)
     objective = lg.objective("grpo")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    seen = Seen([], [], [])
+    seen = Seen([], [], {})
     with lg.attach(
         model, optimizer, run=run, objective=objective, tokenizer=tokenizer, black_box_weights=True
     ) as probe:
@@ -74,7 +74,8 @@ def explode(
             loss.backward()
             for group_settings in optimizer.param_groups:
                 group_settings["lr"] = 1.0 if update == at else learning_rate
-            seen.optimizer_states.append(copy.deepcopy(optimizer.state_dict()))
+            if update == at + 1:
+                seen.optimizer_state.update(copy.deepcopy(optimizer.state_dict()))
             optimizer.step()
             seen.losses.append(float(loss.detach()))
             seen.completions.append([[tokenizer.decode([i]) for i in sample.completion_ids] for sample in samples])

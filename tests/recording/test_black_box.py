@@ -16,6 +16,7 @@ import lcogeom as lg
 from lcogeom.models import load_model
 from lcogeom.recording.triggers import Triggers
 from tests.recording.grpo_loop import explode
+from tests.recording.wild import SCENES, one_update, task_for
 from tests.small_models import Task, build, loss_of, make_task, tell
 
 PPO = lg.objective("ppo")
@@ -97,7 +98,7 @@ def test_a_learning_rate_of_one_is_found_and_replayed(tmp_path: Path, device: to
     total = (rows["weight"] * rows["logit_grad_norm"] ** 2).sum()
     assert first["share"] == pytest.approx(heaviest["logit_grad_norm"] ** 2 / total)
     assert spike.first_non_finite is None
-    same_state(spike.optimizer_state(), seen.optimizer_states[7])
+    same_state(spike.optimizer_state(), seen.optimizer_state)
     assert spike.updates["update_norm"].iloc[2] == pytest.approx(run.updates["update_norm"].iloc[6])
 
 
@@ -411,3 +412,188 @@ def test_arguments(tmp_path: Path, device: torch.device) -> None:
     with pytest.raises(ValueError, match="black_box_weights"):
         lg.attach(model, optimizer, run=tmp_path / "run", black_box=0, black_box_weights=True)
     assert not (tmp_path / "run").exists()
+
+
+# What runs again
+
+
+@pytest.mark.parametrize("tap", ["auto", "logits"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_every_way_of_training_runs_again(scene: str, tap: str, tmp_path: Path, device: torch.device) -> None:
+    way = SCENES[scene]
+    model = build("llama", device)
+    passes = way.passes(task_for(model))
+    way.prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with (
+        pytest.warns(UserWarning, match="to look at"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective=PPO, tap=tap) as probe,
+    ):
+        losses = one_update(way, model, optimizer, passes=passes, objective=PPO, probe=probe)
+        probe.dump("to look at")
+    [entry] = lg.load_run(tmp_path / "run").black_box()
+    fresh = build("llama", device)
+    fresh.to(model.dtype)  # checkpointing is off in this one
+    modes = [module.training for module in fresh.modules()]
+    found = [lg.replay_batch(batch, fresh) for batch in entry.batches]
+    recorded = losses[::-1] if way.together else losses
+    assert [one.recorded_loss for one in found] == [float(loss) for loss in recorded]
+    # With the base's calls recorded, the head runs on the completion tokens alone: another product, rounded anew.
+    close = {"rel": 1e-2, "abs": 1e-3} if way.low else {"rel": 1e-5, "abs": 1e-6}
+    assert [one.loss for one in found] == pytest.approx([one.recorded_loss for one in found], **close)
+    assert [module.training for module in fresh.modules()] == modes
+
+
+def test_dropout_runs_again(tmp_path: Path, device: torch.device) -> None:
+    """Train mode with dropout, one layer frozen in eval mode: the same random numbers, and none are used up."""
+    model = build("gpt2", device)
+    task = make_task(model)
+
+    def set_modes(one: transformers.PreTrainedModel) -> None:
+        one.train()
+        one.transformer.h[0].eval()
+        for module in one.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+
+    set_modes(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    torch.manual_seed(7)
+    with (
+        pytest.warns(UserWarning, match="to look at"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective="reinforce") as probe,
+    ):
+        for _ in range(2):
+            loss = loss_of(model, task, lg.objective("reinforce"))
+            tell(probe, task, loss)
+            loss.backward()
+            optimizer.step()
+        probe.dump("to look at")
+    [entry] = lg.load_run(tmp_path / "run").black_box()
+    fresh = build("gpt2", device)
+    for module in fresh.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    state = torch.get_rng_state()
+    found = [lg.replay_batch(batch, fresh) for batch in entry.batches]
+    assert torch.equal(state, torch.get_rng_state())
+    assert abs(found[0].loss - found[1].loss) > 1e-3  # other random numbers
+    assert [one.loss for one in found] == pytest.approx([one.recorded_loss for one in found], rel=1e-5)
+    assert not fresh.training
+
+
+def test_a_compiled_model_runs_again(tmp_path: Path, device: torch.device) -> None:
+    torch.compiler.reset()
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with (
+        pytest.warns(UserWarning, match="black box"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective="reinforce") as probe,
+    ):
+        compiled = torch.compile(model, backend="eager")
+        for update in range(3):
+            optimizer.zero_grad()
+            if update == 2:
+                poison(model.model.layers[0].mlp.down_proj.weight, float("inf"))()
+            logits = compiled(input_ids=task.input_ids).logits[:, :-1][task.mask[:, 1:]]
+            loss = lg.objective("reinforce").loss(logits, task.tokens()).mean()
+            tell(probe, task, loss)
+            loss.backward()
+            optimizer.step()
+    [entry] = lg.load_run(tmp_path / "run").black_box()
+    assert entry.first_non_finite is not None
+    assert entry.first_non_finite.name == "model.layers.0.mlp.down_proj.weight"
+    first = entry.batches[0]
+    assert lg.replay_batch(first, build("llama", device)).loss == pytest.approx(first.loss, rel=1e-5)
+
+
+def test_labels_alone_run_again(tmp_path: Path, device: torch.device) -> None:
+    """Supervised training through the model's own loss, without batch()."""
+    model = build("llama", device)
+    task = make_task(model)
+    labels = task.input_ids.masked_fill(~task.mask, -100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with (
+        pytest.warns(UserWarning, match="to look at"),
+        lg.attach(model, optimizer, run=tmp_path / "run") as probe,
+    ):
+        loss = model(input_ids=task.input_ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        probe.dump("to look at")
+    [entry] = lg.load_run(tmp_path / "run").black_box()
+    found = lg.replay_batch(entry.batches[0], model)
+    assert found.recorded_loss == float(loss.detach())
+    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+    assert found.tokens["token_id"].tolist() == task.input_ids[task.mask].tolist()
+
+
+def test_a_replay_that_cannot_be(tmp_path: Path, device: torch.device) -> None:
+    model = build("llama", device)
+    task = make_task(model)
+    own = lg.action_objective(lambda logp, batch: -batch.advantages * logp, name="mine")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(UserWarning, match="to look at"):
+        for name, objective in (("mine", own), ("none", None)):
+            with lg.attach(model, optimizer, run=tmp_path / name, objective=objective) as probe:
+                if name == "mine":
+                    tell(probe, task)
+                loss_of(model, task, own).backward()
+                optimizer.step()
+                probe.dump("to look at")
+    [mine], [none] = (lg.load_run(tmp_path / name).black_box() for name in ("mine", "none"))
+    with pytest.raises(ValueError, match="'mine' cannot be built"):
+        lg.replay_batch(mine.batches[0], model)
+    assert lg.replay_batch(mine.batches[0], model, own).loss == pytest.approx(
+        float(loss_of(model, task, own)), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="pass objective"):
+        lg.replay_batch(none.batches[0], model)
+    with pytest.raises(ValueError, match="which tokens are its completion"):
+        lg.replay_batch(none.batches[0], model, "sft")
+    with pytest.raises(ValueError, match="holds none"):
+        mine.load_weights(model)
+
+
+def test_a_tied_model_s_weights(tmp_path: Path, device: torch.device) -> None:
+    model = build("llama-gqa-tied", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="to look at"),
+        lg.attach(model, optimizer, run=tmp_path / "run", objective="sft", black_box_weights=True) as probe,
+    ):
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        tell(probe, task)
+        loss_of(model, task, lg.objective("sft")).backward()
+        probe.dump("to look at")
+        optimizer.step()
+    [entry] = lg.load_run(tmp_path / "run").black_box()
+    fresh = build("llama-gqa-tied", device, seed=1)
+    entry.load_weights(fresh)
+    assert all(torch.equal(value, start[name]) for name, value in fresh.state_dict().items())
+    with pytest.raises(ValueError, match="do not fit"):
+        entry.load_weights(build("gpt2", device))
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_smollm2_explodes_and_runs_again(tmp_path: Path, device: torch.device) -> None:
+    """The same on a real model of 135M parameters: about two minutes on one core."""
+    loaded = load_model("smollm2", device=device)
+    with pytest.warns(UserWarning, match="black box: update 6"):
+        seen = explode(loaded, tmp_path / "run", at=6, updates=8, learning_rate=1e-5, problems=2)
+    run = lg.load_run(tmp_path / "run")
+    entries = run.black_box()
+    assert entries[0].step == 6
+    assert "the norm of the step" in entries[0].reason
+    for entry in entries:
+        entry.load_weights(loaded.model)
+        again = lg.replay_batch(entry.batches[-1], loaded.model)
+        print(entry.step, entry.reason, again.loss, again.recorded_loss, entry.tokens.to_string())
+        assert again.loss == pytest.approx(seen.losses[entry.step], rel=1e-4, abs=1e-6)
+        rows = run.tokens[run.tokens["step"] == entry.step]
+        heaviest = rows.loc[rows["logit_grad_norm"].idxmax()]
+        text = seen.completions[entry.step][heaviest["sequence"]][heaviest["position"]]
+        assert entry.tokens["text"].iloc[0] == heaviest["text"] == text
