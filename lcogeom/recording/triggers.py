@@ -21,6 +21,7 @@ class Triggers:
         self._spike, self._apart = spike, apart
         self._norms = {"gradient": deque[float](maxlen=HISTORY), "step": deque[float](maxlen=HISTORY)}
         self._last: dict[str, int] = {}  # kind of event -> its latest update
+        self._gradient = -1, 0.0  # the latest update with a spike of the gradient, and its height
 
     def before_step(self, step: int, losses: Sequence[float], norm: float) -> str | None:
         """Why the losses or the norm of the gradient are an event; None if they are not."""
@@ -35,17 +36,21 @@ class Triggers:
         """Why the norm of the step is an event; None if it is not."""
         if not math.isfinite(norm):
             return self._new("non-finite", step, f"the norm of the step is {norm}, though the gradient's is finite")
-        reason = self._spikes("step", step, norm)
-        return None if self._last.get("gradient") == step else reason  # a large gradient, a large step: one event
+        return self._spikes("step", step, norm)
 
     def _spikes(self, what: str, step: int, norm: float) -> str | None:
         known = self._norms[what]
-        usual = statistics.median(known) if len(known) >= SETTLED else math.inf
+        usual = statistics.median(known) if len(known) >= SETTLED else math.inf  # of positive numbers
         if norm > 0:  # an update without advantages has no gradient; it says nothing of what is usual
             known.append(norm)
-        if norm <= self._spike * usual:
+        ratio = norm / usual
+        if ratio <= self._spike:
             return None
-        return self._new(what, step, f"the norm of the {what} is {norm:.3g}, {norm / usual:.3g} times its median")
+        if what == "gradient":
+            self._gradient = step, ratio
+        elif self._gradient[0] == step and ratio < 2 * self._gradient[1]:
+            return None  # a large gradient makes a large step: one event
+        return self._new(what, step, f"the norm of the {what} is {norm:.3g}, {ratio:.3g} times its median")
 
     def _new(self, kind: str, step: int, reason: str) -> str | None:
         last, self._last[kind] = self._last.get(kind), step
