@@ -16,10 +16,10 @@ from tests.oracles import PAIRS, derivatives
 from tests.recording.wild import SCENES, Pass, fuse, one_fused_update, one_update, sampled_from, task_for
 from tests.small_models import build
 
-SINGLE = {"rtol": 2e-4, "atol": 2e-6}
-"""Models compute in float32; the oracle goes on from their logits in float64."""
-EIGHT_BITS = {"rtol": 0.04, "atol": 2e-3}
-"""bf16: gradients, and hidden states under autocast, are rounded to 2^-9; the recorder makes logits of them again."""
+SINGLE = {"rtol": 5e-6, "atol": 1e-8}
+"""Gradients are rounded to float32 (measured: 4e-7); the oracle goes on from the float32 logits in float64."""
+EIGHT_BITS = {"rtol": 0.015, "atol": 2e-4}
+"""Gradients are rounded to 2^-9 (measured: 3e-3), and so are hidden states under autocast, of which logits are made."""
 
 
 def flat_norm(tensors: list[Tensor | None]) -> float:
