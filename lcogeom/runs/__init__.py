@@ -1,5 +1,6 @@
 """The run folder: what the live half writes and the reading half reads."""
 
+from lcogeom.runs.black_box import BlackBoxEntry, NonFinite, RecordedBatch
 from lcogeom.runs.columns import COLUMNS, TABLES, Column, glossary
 from lcogeom.runs.folder import COLLECTION, create_folder
 from lcogeom.runs.reading import Run, load_run
@@ -10,7 +11,10 @@ __all__ = [
     "COLLECTION",
     "COLUMNS",
     "TABLES",
+    "BlackBoxEntry",
     "Column",
+    "NonFinite",
+    "RecordedBatch",
     "Run",
     "RunWriter",
     "Sketches",
