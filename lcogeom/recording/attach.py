@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +37,10 @@ def attach(
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
     copies: bool = False,
+    resume: bool | int = False,
+    black_box: int = 4,
+    spike: float = 10.0,
+    black_box_weights: bool = False,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -45,7 +49,7 @@ def attach(
     Args:
         model: a transformers causal LM, before torch.compile.
         optimizer: the one whose `step()` makes the updates.
-        run: folder to create.
+        run: folder to create (or to go on in, with `resume`). One process writes it; any number may read it meanwhile.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
             `negative_count` and `d2`; without it those stay empty.
         tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
@@ -67,9 +71,23 @@ def attach(
         copies: keep one copy of the parameters and one of their gradient on the model's device: `update_norm`,
             `grad_cos_prev` and `step_grad_cos` are then exact. Without it they are taken from the sketches (to 0.6 %
             and to 0.008, at 16384 numbers); with neither they stay empty.
+        black_box: of so many of the last updates the batches are kept, and written to the run folder when a loss, a
+            gradient or a weight is not finite, or when the norm of the gradient or of the step spikes; read by
+            `run.black_box()`, replayed by `replay_batch`. 0 keeps none.
+        spike: from so many times the running median (of 100 updates) on, a norm is a spike.
+        black_box_weights: the weights from before the step are written as well, and the optimiser's state unless the
+            step itself was the spike. The recorder then waits for the device at every step.
+        resume: go on in the folder that `run` names, after a restart; False makes a new one. True: after its last
+            update (the first time, when there is no folder, one is made). A number, such as the step of the checkpoint
+            that training goes on from: the next update has this number, and what was recorded of it and of later ones
+            before the restart is superseded: no longer read, but not deleted.
+
+    A disk that is full or gone does not stop training: one warning, and what could not be written waits in memory
+    (up to 64 MiB, the oldest updates are dropped first) until it can be; `close()` says how many updates were lost.
 
     Raises:
-        FileExistsError: `run` exists.
+        FileExistsError: `run` exists, without `resume`.
+        BlockingIOError: another process, or a recorder that was not closed, is writing `run`.
         TypeError: not a causal LM of transformers with an LM head.
         ValueError: an argument out of range, or an optimizer that does not update this model.
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
@@ -85,9 +103,15 @@ def attach(
     for name, value in counts:
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}; must be at least 1.")
+    if black_box < 0:
+        raise ValueError(f"black_box: {black_box}; must be a number of updates, or 0 for none.")
+    if not spike > 1:
+        raise ValueError(f"spike: {spike}; must be above 1, times the running median of the gradient norm.")
+    if black_box_weights and not black_box:
+        raise ValueError("black_box_weights: there is no black box to keep them in; black_box must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise TapError(
             "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
             "lcogeom.attach(model, ...) first, then torch.compile(model)."
@@ -102,11 +126,13 @@ def attach(
         "temperature": temperature,
         "tokens_per_update": tokens_per_update,
         "sketch": sketch or 0,
+        "sketch_layers": sketch_layers,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    writer = RunWriter(run, meta)
+    same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
+    writer = RunWriter(run, meta, resume=resume, same=same)
     try:
         return Probe(
             model=model,
@@ -124,14 +150,19 @@ def attach(
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
             copies=copies,
+            black_box=black_box,
+            spike=spike,
+            black_box_weights=black_box_weights,
         )
-    except (TapError, TypeError, ValueError):
-        shutil.rmtree(writer.path)  # made a moment ago, empty
+    except BaseException:
+        writer.discard()
         raise
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in options.items()
-    }
+    def plain(value: object) -> object:
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # the same after a restart
+
+    return {key: plain(value) for key, value in options.items()}

@@ -18,9 +18,11 @@ from torch import Tensor
 from lcogeom.objectives import Objective
 from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
+from lcogeom.recording.black_box import BlackBox
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head, vocabulary_size
+from lcogeom.recording.passes import model_parts
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -50,6 +52,9 @@ class Probe:
         sketch: int,
         sketch_layers: bool,
         copies: bool,
+        black_box: int,
+        spike: float,
+        black_box_weights: bool,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -69,6 +74,19 @@ class Probe:
         self._auditor = None
         if audit_every is not None and minimised is not None:
             self._auditor = StepAuditor(model, minimised, self._tap)
+        self._black_box = None
+        if black_box:
+            self._black_box = BlackBox(
+                parts=model_parts(model, temperature, whole=tap == "logits"),
+                optimizer=optimizer,
+                tap=self._tap,
+                objective=minimised,
+                run=self.path,
+                text=self._text,
+                updates=black_box,
+                spike=spike,
+                weights=black_box_weights,
+            )
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -84,11 +102,12 @@ class Probe:
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
-        self._step = 0
+        self._step = writer.next_update
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._warned: set[str] = set()
-        self._started = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
+        self._started = self._flushed - writer.seconds
 
     def batch(
         self,
@@ -132,12 +151,28 @@ class Probe:
             self._losses.append(torch.as_tensor(loss).detach().mean())
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
                 loss.register_hook(self._multiplied)
+        if self._black_box is not None:
+            self._black_box.told(self._batches[-1], loss)
+
+    def dump(self, reason: str) -> Path | None:
+        """Write the black box now: the batches of the last updates, and of the one under way.
+
+        Returns:
+            The folder it was written to; None, with a warning, if the disk refused.
+
+        Raises:
+            ValueError: attached with `black_box=0`.
+        """
+        if self._black_box is None:
+            raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
+        return self._black_box.dump(self._step, reason)
 
     def flush(self) -> None:
-        """Write everything recorded so far to the run folder."""
-        for update in self._pending:
-            self._write(update)
-        self._pending.clear()
+        """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
+        if self._black_box is not None:
+            self._black_box.settle()
+        while self._pending:  # one by one: if one raises, those before it are not added again
+            self._write(self._pending.pop(0))
         self._writer.flush()
         self._flushed = time.monotonic()
 
@@ -148,7 +183,12 @@ class Probe:
             self._auditor.remove()
         for handle in self._steps:
             handle.remove()
-        self.flush()
+        try:
+            self.flush()
+            if self._black_box is not None:
+                self._black_box.remove()
+        finally:
+            self._writer.close()
 
     def __enter__(self) -> Probe:
         return self
@@ -156,6 +196,8 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and self._black_box is not None:
+            self._black_box.stopped(self._step)
         self.close()
 
     def _multiplied(self, gradient: Tensor) -> None:
@@ -165,12 +207,14 @@ class Probe:
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
         values, gradient = sighting.values, sighting.gradient
-        self._forget_skipped()
-        self._backwards += 1
         if not self._in_backward:
+            self._forget_skipped()  # not between two forward passes of one backward pass: its gradients are to come
             self._in_backward = True
             _at_end_of_backward(self._backward_ended)
+        self._backwards += 1
         batch, ids = self._said_of(sighting.ids)
+        if self._black_box is not None:
+            self._black_box.arrived(sighting.ids, batch)
         # logits_to_keep: only the last positions were computed. Log-probabilities belong to the token after, so their
         # first entry is the second token's.
         kept = ids.shape[1] - values.shape[1] - (sighting.kind == "log_probs")
@@ -262,6 +306,8 @@ class Probe:
                 "overflow); the recorder forgot their tokens as well."
             )
             self._candidates, self._measured, self._mismatches = [], [], []
+            if self._black_box is not None:
+                self._black_box.forget()
             self._losses = self._losses[-1:] if self._batches else []
             self._sequences = self._completion_tokens = self._backwards = 0
 
@@ -288,18 +334,24 @@ class Probe:
                 for columns, (rows, growth) in zip(self._measured, kept, strict=True)
             ]
         self._candidates = []
-        self._now = self._meter.before_step(audited=self._audited())
+        keeps_weights = self._black_box is not None and self._black_box.keeps_weights
+        self._now = self._meter.before_step(audited=self._audited() or keeps_weights)
+        if self._black_box is not None:
+            self._black_box.before_step(self._step, self._now, self._measured)
 
     def _audited(self) -> bool:
         return self._auditor is not None and self._audit_every is not None and self._step % self._audit_every == 0
 
     def _after_step(self) -> None:
         audit: dict[str, float] = {}
+        around = self._meter.around_the_step()
         if self._auditor is not None:
             if self._audited():
-                audit = self._auditor.audit(*self._meter.around_the_step())
+                audit = self._auditor.audit(*around)
             self._auditor.forget()
         found, norms, sketches = self._meter.after_step()
+        if self._black_box is not None:
+            self._black_box.after_step(found.get("update_norm"), norms, around)
         self._pending.append(
             {
                 "step": self._step,
