@@ -13,7 +13,7 @@ import transformers
 from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
-from lcogeom.recording.head import output_head
+from lcogeom.recording.head import vocabulary_size
 from lcogeom.recording.probe import Probe
 from lcogeom.recording.taps import KINDS, TapError
 from lcogeom.runs.store import RunWriter
@@ -101,11 +101,11 @@ def attach(
             "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
             "lcogeom.attach(model, ...) first, then torch.compile(model)."
         )
-    output_head(model)  # before the folder is made
+    vocabulary = vocabulary_size(model)  # before the folder is made
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
-        "vocabulary": int(output_head(model).module.weight.shape[0]),  # type: ignore[index]
+        "vocabulary": vocabulary,
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "temperature": temperature,

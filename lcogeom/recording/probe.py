@@ -20,7 +20,7 @@ from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
-from lcogeom.recording.head import output_head
+from lcogeom.recording.head import output_head, vocabulary_size
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -59,7 +59,7 @@ class Probe:
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._head = output_head(model)
+        self._head, self._vocabulary = output_head(model), vocabulary_size(model)
         self._temperature = temperature
         self._meter = GradientMeter(
             model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler
@@ -223,7 +223,7 @@ class Probe:
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
-                    vocabulary=int(self._head.module.weight.shape[0]),  # type: ignore[index]
+                    vocabulary=self._vocabulary,
                     entropy=None if entropy is None else entropy[sequence, at],
                     sum_sq_prob=None if squares is None else squares[sequence, at].double().exp(),
                     temperature=self._temperature,
