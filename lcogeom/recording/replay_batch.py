@@ -34,8 +34,8 @@ def replay_batch(
     """Run the forward pass of a recorded batch again, in its mode, autocast and random numbers.
 
     With the weights of that update (`BlackBoxEntry.load_weights`, or one's own checkpoint) and on the same kind of
-    device, the loss is the recorded one to about 1e-6 in float32, 1e-2 in bf16 or under autocast, where only the
-    completion tokens' logits are computed here. Random numbers, modes and buffers of the model end as they were.
+    device, the loss is the recorded one up to the rounding of another matrix product: to 1e-6, in bf16 and under
+    autocast too, on the CPU. Random numbers, modes and buffers of the model end as they were.
 
     Args:
         batch: one of `run.black_box()[-1].batches`.
