@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import transformers
 from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
-from lcogeom.recording.head import output_head
+from lcogeom.recording.head import vocabulary_size
 from lcogeom.recording.probe import Probe
 from lcogeom.recording.taps import KINDS, TapError
 from lcogeom.runs.store import RunWriter
@@ -37,6 +37,7 @@ def attach(
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
     copies: bool = False,
+    resume: bool | int = False,
     black_box: int = 4,
     spike: float = 10.0,
     black_box_weights: bool = False,
@@ -48,7 +49,7 @@ def attach(
     Args:
         model: a transformers causal LM, before torch.compile.
         optimizer: the one whose `step()` makes the updates.
-        run: folder to create.
+        run: folder to create (or to go on in, with `resume`). One process writes it; any number may read it meanwhile.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
             `negative_count` and `d2`; without it those stay empty.
         tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
@@ -76,9 +77,17 @@ def attach(
         spike: from so many times the running median (of 100 updates) on, a norm is a spike.
         black_box_weights: the weights from before the step are written as well, and the optimiser's state unless the
             step itself was the spike. The recorder then waits for the device at every step.
+        resume: go on in the folder that `run` names, after a restart; False makes a new one. True: after its last
+            update (the first time, when there is no folder, one is made). A number, such as the step of the checkpoint
+            that training goes on from: the next update has this number, and what was recorded of it and of later ones
+            before the restart is superseded: no longer read, but not deleted.
+
+    A disk that is full or gone does not stop training: one warning, and what could not be written waits in memory
+    (up to 64 MiB, the oldest updates are dropped first) until it can be; `close()` says how many updates were lost.
 
     Raises:
-        FileExistsError: `run` exists.
+        FileExistsError: `run` exists, without `resume`.
+        BlockingIOError: another process, or a recorder that was not closed, is writing `run`.
         TypeError: not a causal LM of transformers with an LM head.
         ValueError: an argument out of range, or an optimizer that does not update this model.
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
@@ -107,21 +116,23 @@ def attach(
             "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
             "lcogeom.attach(model, ...) first, then torch.compile(model)."
         )
-    output_head(model)  # before the folder is made
+    vocabulary = vocabulary_size(model)  # before the folder is made
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
-        "vocabulary": int(output_head(model).module.weight.shape[0]),  # type: ignore[index]
+        "vocabulary": vocabulary,
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "temperature": temperature,
         "tokens_per_update": tokens_per_update,
         "sketch": sketch or 0,
+        "sketch_layers": sketch_layers,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    writer = RunWriter(run, meta)
+    same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
+    writer = RunWriter(run, meta, resume=resume, same=same)
     try:
         return Probe(
             model=model,
@@ -143,13 +154,15 @@ def attach(
             spike=spike,
             black_box_weights=black_box_weights,
         )
-    except (TapError, TypeError, ValueError):
-        shutil.rmtree(writer.path)  # made a moment ago, empty
+    except BaseException:
+        writer.discard()
         raise
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in options.items()
-    }
+    def plain(value: object) -> object:
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # the same after a restart
+
+    return {key: plain(value) for key, value in options.items()}

@@ -21,8 +21,8 @@ from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.black_box import BlackBox
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
-from lcogeom.recording.head import output_head
-from lcogeom.recording.passes import ModelParts, base_of
+from lcogeom.recording.head import output_head, vocabulary_size
+from lcogeom.recording.passes import ModelParts
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -64,7 +64,7 @@ class Probe:
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._head = output_head(model)
+        self._head, self._vocabulary = output_head(model), vocabulary_size(model)
         self._temperature = temperature
         self._meter = GradientMeter(
             model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler
@@ -77,7 +77,7 @@ class Probe:
         self._black_box = None
         if black_box:
             self._black_box = BlackBox(
-                parts=ModelParts(model, None if tap == "logits" else base_of(model), self._head, temperature),
+                parts=ModelParts(model, self._head, temperature),
                 optimizer=optimizer,
                 tap=self._tap,
                 objective=minimised,
@@ -102,11 +102,12 @@ class Probe:
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
-        self._step = 0
+        self._step = writer.next_update
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._warned: set[str] = set()
-        self._started = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
+        self._started = self._flushed - writer.seconds
 
     def batch(
         self,
@@ -167,12 +168,11 @@ class Probe:
         return self._black_box.dump(self._step, reason)
 
     def flush(self) -> None:
-        """Write everything recorded so far to the run folder."""
+        """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
         if self._black_box is not None:
             self._black_box.settle()
-        for update in self._pending:
-            self._write(update)
-        self._pending.clear()
+        while self._pending:  # one by one: if one raises, those before it are not added again
+            self._write(self._pending.pop(0))
         self._writer.flush()
         self._flushed = time.monotonic()
 
@@ -183,9 +183,12 @@ class Probe:
             self._auditor.remove()
         for handle in self._steps:
             handle.remove()
-        self.flush()
-        if self._black_box is not None:
-            self._black_box.remove()
+        try:
+            self.flush()
+        finally:
+            self._writer.close()
+            if self._black_box is not None:
+                self._black_box.remove()
 
     def __enter__(self) -> Probe:
         return self
@@ -261,7 +264,7 @@ class Probe:
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
-                    vocabulary=int(self._head.module.weight.shape[0]),  # type: ignore[index]
+                    vocabulary=self._vocabulary,
                     entropy=None if entropy is None else entropy[sequence, at],
                     sum_sq_prob=None if squares is None else squares[sequence, at].double().exp(),
                     temperature=self._temperature,

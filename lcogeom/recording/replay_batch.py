@@ -11,7 +11,7 @@ from torch import Tensor
 from lcogeom.objectives import Objective, TokenBatch
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import output_head
-from lcogeom.recording.passes import ModelParts, as_it_was, base_of, run_again
+from lcogeom.recording.passes import ModelParts, as_it_was, run_again
 from lcogeom.recording.snapshot import recorded_pass
 from lcogeom.runs.black_box import RecordedBatch
 
@@ -48,7 +48,7 @@ def replay_batch(
     """
     one = recorded_pass(batch)
     minimised = _objective(batch, objective, labels="labels" in one.inputs)
-    parts = ModelParts(model, base_of(model) if one.module == "base" else None, output_head(model), batch.temperature)
+    parts = ModelParts(model, output_head(model), batch.temperature)
     with torch.no_grad(), as_it_was(parts, one):
         sequence, place, logits = run_again(parts, one)
         ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids

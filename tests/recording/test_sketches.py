@@ -11,6 +11,7 @@ import torch
 import lcogeom as lg
 from lcogeom.recording.gradients import layer_of
 from tests.recording.test_updates import cosine, flat
+from tests.runs.folders import part_file
 from tests.small_models import build, loss_of, make_task, tell
 
 UPDATES = 5
@@ -130,20 +131,20 @@ def test_cut_short(tmp_path: Path, device: torch.device) -> None:
     """Killed between the parts of a flush: sketches of updates not vouched for are left out; a lost part is said."""
     run, *_ = record(tmp_path / "run", device)
     whole = run.sketches()
-    (tmp_path / "run" / "updates" / "part-000002.parquet").unlink()
+    part_file(run, "updates", 2).unlink()
     found = lg.load_run(tmp_path / "run").sketches()
     assert found.updates.tolist() == [0, 1, 2, 3]
     assert np.array_equal(found.steps, whole.steps[:4])
-    part = tmp_path / "run" / "sketches" / "part-000001.parquet"
+    part = part_file(run, "sketches", 1)
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"part-000001.parquet' is damaged"):
+    with pytest.raises(ValueError, match=rf"{part.name}: damaged"):
         run.sketches()
     part.unlink()
-    with pytest.raises(ValueError, match="lacks update 2 or its sketches"):
+    with pytest.raises(ValueError, match="updates 2 to 3 lost their sketches"):
         run.sketches()
     part.write_bytes(content)
     assert np.array_equal(run.sketches().steps, whole.steps[:4])
-    (tmp_path / "run" / "updates" / "part-000000.parquet").unlink()  # steps 0 and 1 are no part of the sum any more
+    part_file(run, "updates", 0).unlink()  # steps 0 and 1 are no part of the sum any more
     with pytest.raises(ValueError, match="lacks update 0"):
         run.sketches()
