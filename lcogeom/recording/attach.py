@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import output_head
 from lcogeom.recording.probe import Probe
 from lcogeom.recording.taps import TapError
+from lcogeom.recording.unwrap import require_plain_head, unwrap_model, unwrap_optimizer
 from lcogeom.runs.store import RunWriter
 
 
@@ -33,6 +34,7 @@ def attach(
     audit_every: int | None = None,
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
+    on_update: Callable[[Mapping[str, object]], None] | None = None,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
@@ -40,7 +42,7 @@ def attach(
     of their gradient on the model's device, for the directions between updates.
 
     Args:
-        model: a transformers causal LM, before torch.compile.
+        model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
         optimizer: the one whose `step()` makes the updates.
         run: folder to create.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
@@ -58,10 +60,12 @@ def attach(
         sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
             afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
         sketch_layers: keep the part of each layer as well, at that size for each.
+        on_update: called with each row of `updates` (column -> value) when it is known, which is at a flush.
 
     Raises:
         FileExistsError: `run` exists.
-        TypeError: not a causal LM of transformers with an LM head.
+        TypeError: not a causal LM of transformers with an LM head, or wrapped in what hides its gradients (DeepSpeed,
+            FSDP1, DataParallel).
         ValueError: an argument out of range, or an optimizer that does not update this model.
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
     """
@@ -74,16 +78,14 @@ def attach(
             raise ValueError(f"{name}: {value}; must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
-    if hasattr(model, "_orig_mod"):
-        raise TapError(
-            "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
-            "lcogeom.attach(model, ...) first, then torch.compile(model)."
-        )
-    output_head(model)  # before the folder is made
+    model, optimizer = unwrap_model(model), unwrap_optimizer(optimizer)
+    head = output_head(model)  # before the folder is made
+    if tap != "logits":
+        require_plain_head(head.module)
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
-        "vocabulary": int(output_head(model).module.weight.shape[0]),  # type: ignore[index]
+        "vocabulary": int(head.module.weight.shape[0]),  # type: ignore[index]
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "tokens_per_update": tokens_per_update,
@@ -107,6 +109,7 @@ def attach(
             audit_every=audit_every,
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
+            on_update=on_update,
         )
     except (TapError, TypeError, ValueError):
         shutil.rmtree(writer.path)  # made a moment ago, empty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,7 @@ class Probe:
         audit_every: int | None,
         sketch: int,
         sketch_layers: bool,
+        on_update: Callable[[Mapping[str, object]], None] | None,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
@@ -79,6 +80,8 @@ class Probe:
         self._step = 0
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
+        self._unwritten = 0
+        self._on_update = on_update
         self._warned: set[str] = set()
         self._started = self._flushed = time.monotonic()
 
@@ -123,11 +126,15 @@ class Probe:
 
     def flush(self) -> None:
         """Write everything recorded so far to the run folder."""
-        for update in self._pending:
-            self._write(update)
-        self._pending.clear()
+        self.collect()
         self._writer.flush()
+        self._unwritten = 0
         self._flushed = time.monotonic()
+
+    def collect(self) -> None:
+        """Make the rows of everything recorded so far, which waits for the device; the folder has them at a flush."""
+        while self._pending:
+            self._write(self._pending.pop(0))
 
     def close(self) -> None:
         """Take every hook off and flush. The model is as it was before `attach`."""
@@ -250,7 +257,8 @@ class Probe:
         self._measured, self._losses, self._mismatches = [], [], []
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
-        if len(self._pending) >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        self._unwritten += 1
+        if self._unwritten >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def _write(self, update: Mapping[str, Any]) -> None:
@@ -294,6 +302,8 @@ class Probe:
             **summarise(tokens),
         }
         self._writer.add("updates", {name: [value] for name, value in row.items()})
+        if self._on_update is not None:
+            self._on_update(row)
 
     def _warn(self, message: str) -> None:
         """Once for each kind of message, whatever the update."""

@@ -138,8 +138,15 @@ def _check_head(head: OutputHead, hidden: Tensor, logits: Tensor) -> None:
         wanted = logits[:, -1].double()
         scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
         gap = float((found - wanted).abs().max() / scale)
-    if not gap < HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW) and torch.isfinite(wanted).all():
+    if not gap < _head_tolerance(logits) and torch.isfinite(wanted).all():
         raise TapError(
             f"the logits are not the output head applied to the last hidden state (relative difference {gap:.1e}): "
             "the model transforms them in a way this recorder does not know. Use tap='logits'."
         )
+
+
+def _head_tolerance(logits: Tensor) -> float:
+    """By the precision that the logits were computed in: Accelerate hands out autocast's as float32."""
+    if any(torch.equal(logits, logits.to(low).to(logits.dtype)) for low in (torch.bfloat16, torch.float16)):
+        return HEAD_TOLERANCE_LOW
+    return HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
