@@ -65,7 +65,7 @@ class RecorderCallback(transformers.TrainerCallback):
         self._warned = False
 
     def on_train_begin(self, *_: Any, **given: Any) -> None:
-        """Attach. The optimiser exists now; the model is compiled only at its first forward pass."""
+        """Attach: the optimiser exists now."""
         self._close()
         trainer = _calling_trainer()
         reading = trl.reading_of(trainer)
@@ -81,7 +81,9 @@ class RecorderCallback(transformers.TrainerCallback):
             options["tokenizer"] = words
         options["labels"] = {"trainer": type(trainer).__name__, **self.options.get("labels", {})}
         options |= {name: value for name, value in self.options.items() if name != "labels"}
-        self.probe = attach(trainer.model_wrapped, trainer.optimizer, self.run, **options)
+        # torch_compile=True has wrapped the model by now, but compiles it at its first forward pass, hooks included.
+        model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        self.probe = attach(model, trainer.optimizer, self.run, **options)
         self._methods = ReplacedMethods(trainer)
         listen = trl.labelled if reading is None else reading.listen(trainer, self._methods)
         self._methods.replace("compute_loss", lambda original: self._telling(original, listen))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.integrations.methods import ReplacedMethods
-from lcogeom.objectives import Objective, objective
+from lcogeom.objectives import ActionObjective, Objective, TokenBatch, objective
 from lcogeom.recording import TapError
 
 VERSION = "1.16"
@@ -143,7 +143,6 @@ def _grpo_objective(trainer: Any) -> Objective | str:
         ("the entropy bonus is no function of log pi(a)", trainer._entropy_bonus_enabled),
         ("top_entropy_quantile leaves tokens out", trainer.top_entropy_quantile < 1.0),
         ("off_policy_mask_threshold leaves sequences out", trainer.off_policy_mask_threshold is not None),
-        ("use_bias_correction_kl multiplies the penalty by the ratio", bool(beta) and args.use_bias_correction_kl),
         ("vLLM's importance weights multiply the surrogate but not the penalty", bool(beta) and reweighted),
     ):  # fmt: skip
         if present:
@@ -153,18 +152,30 @@ def _grpo_objective(trainer: Any) -> Objective | str:
         if high < 1:  # TRL clips at epsilon_high itself, the paper at 1 + epsilon_high
             return f"loss_type='cispo' with epsilon_high={high} below 1"
         found = objective("cispo", clip_high=high - 1)
-    elif loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
-        if args.delta is not None:
-            if args.delta <= 1 + high:
-                return f"delta={args.delta} below 1 + epsilon_high"
-            found = objective("ppo", clip_low=low, clip_high=high, dual_clip=args.delta)
-        elif loss_type in ("grpo", "bnpo"):
-            return objective("grpo", clip_low=low, clip_high=high, beta=beta)
-        else:
-            found = objective(loss_type.replace("_", "-"), clip_low=low, clip_high=high)
-    else:
+    elif loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo"):
         return f"loss_type={loss_type!r}"
-    return found + beta * objective("k3") if beta else found
+    elif args.delta is not None:
+        if args.delta <= 1 + high:
+            return f"delta={args.delta} does not lie above 1 + epsilon_high"
+        found = objective("ppo", clip_low=low, clip_high=high, dual_clip=args.delta)
+    else:
+        name = {"bnpo": "grpo", "dr_grpo": "dr-grpo"}.get(loss_type, loss_type)
+        found = objective(name, clip_low=low, clip_high=high, **({"beta": 0.0} if name == "grpo" else {}))
+    if not beta:
+        return found
+    return found + beta * (_weighted_k3() if args.use_bias_correction_kl else objective("k3"))
+
+
+def _weighted_k3() -> Objective:
+    """The k3 penalty times the ratio, which is differentiated too: TRL's use_bias_correction_kl."""
+    k3 = objective("k3")
+    assert isinstance(k3, ActionObjective)
+
+    def loss(logp: Tensor, batch: TokenBatch) -> Tensor:
+        assert batch.old_logprobs is not None
+        return (logp - batch.old_logprobs.to(logp)).exp() * k3.function(logp, batch)
+
+    return ActionObjective("r k3", loss, ("old_logprobs", *k3.needs))
 
 
 READINGS = {

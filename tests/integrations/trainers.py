@@ -85,16 +85,17 @@ def dpo(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **op
 
 
 def rloo(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **options: Any) -> transformers.Trainer:
-    return _sampled(trl.RLOOTrainer, trl.RLOOConfig, folder, updates, adapter, options)
+    return _sampled((trl.RLOOTrainer, trl.RLOOConfig), folder, updates, adapter, options)
 
 
 def grpo(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **options: Any) -> transformers.Trainer:
-    return _sampled(trl.GRPOTrainer, trl.GRPOConfig, folder, updates, adapter, options)
+    return _sampled((trl.GRPOTrainer, trl.GRPOConfig), folder, updates, adapter, options)
 
 
 def _sampled(
-    trainer: type, config: type, folder: Path, updates: int, adapter: peft.LoraConfig | None, options: dict[str, Any]
+    kinds: tuple[type, type], folder: Path, updates: int, adapter: peft.LoraConfig | None, options: dict[str, Any]
 ) -> transformers.Trainer:
+    trainer, config = kinds
     loaded = tiny(adapter)
     defaults = {"num_generations": 4, "max_completion_length": 5}
     args = config(output_dir=str(folder), max_steps=updates, **settings(defaults | options))
