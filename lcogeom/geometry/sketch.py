@@ -77,7 +77,8 @@ def sketch(tensors: Sequence[Tensor] | Tensor, size: int = SIZE, seed: int = 0) 
 class LinearSketch:
     """A sketch that is added up from stretches of a vector, in any order. Waits for no device."""
 
-    def __init__(self, size: int, seed: int, device: torch.device | str) -> None:
+    def __init__(self, size: int, seed: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: in which it is added up. Weights that change by a rounding of themselves need float64."""
         size, seed = operator.index(size), operator.index(seed)
         if size < 2:
             raise ValueError(f"size: {size}; must be at least 2.")
@@ -86,7 +87,7 @@ class LinearSketch:
         self._size, self._seed, self._device = size, seed, torch.device(device)
         self._length = size * -(-BLOCK // size)
         self._piece = max(self._length, PIECE if self._device.type == "cpu" else GPU_PIECE)
-        self._sum = torch.zeros(2 * self._length, device=device)  # rotated blocks run over the end
+        self._sum = torch.zeros(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
@@ -97,13 +98,13 @@ class LinearSketch:
                 while done < len(values):
                     group, place = divmod(start + done, self._length**2)
                     length = min(len(values) - done, self._length**2 - place, self._piece)
-                    part = values[done : done + length].to(self._device, torch.float32)
+                    part = values[done : done + length].to(self._device)
                     add(part, group, *divmod(place, self._length))
                     done += length
                 start += len(values)
 
     def result(self) -> Tensor:
-        """(size,) float32."""
+        """(size,)."""
         places = _deal(self._length, self._seed, self._device)
         return (self._sum[: self._length] + self._sum[self._length :])[places].view(-1, self._size).sum(0)
 
@@ -112,10 +113,11 @@ class LinearSketch:
         size, total = self._length, self._sum
         pieces = (values[: size - inside], *values[size - inside :].split(size))
         tau, *drawn = _draws(size, self._seed, group)
+        tau = tau.to(total.dtype)
         rotations, signs = (some[block : block + len(pieces)].tolist() for some in drawn)
         for piece, rotation, sign in zip(pieces, rotations, signs, strict=False):  # split() of nothing: an empty piece
             into, length = rotation + inside, len(piece)
-            total[into : into + length].addcmul_(piece, tau[inside : inside + length], value=sign)
+            total[into : into + length].addcmul_(piece.to(total.dtype), tau[inside : inside + length], value=sign)
             inside = 0
 
     def _add_indexed(self, values: Tensor, group: int, block: int, inside: int) -> None:
@@ -124,7 +126,7 @@ class LinearSketch:
         blocks = -(-(inside + len(values)) // size)
         tau, *drawn = _draws_on(size, self._seed, group, device)
         rotations, signs = (some[block : block + blocks, None] for some in drawn)
-        signed = torch.zeros(blocks, size, device=device)
+        signed = torch.zeros(blocks, size, dtype=self._sum.dtype, device=device)
         signed.view(-1)[inside : inside + len(values)] = values
         signed *= tau * signs
         source = torch.arange(size, device=device).sub(rotations).remainder_(size)  # (blocks, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 import transformers
 
 from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
-from lcogeom.objectives import Objective
+from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import output_head
 from lcogeom.recording.probe import Probe
-from lcogeom.recording.taps import TapError
+from lcogeom.recording.taps import KINDS, TapError
 from lcogeom.recording.unwrap import require_plain_head, unwrap_model, unwrap_optimizer
 from lcogeom.runs.store import RunWriter
 
@@ -26,7 +27,9 @@ def attach(
     *,
     objective: str | Objective | None = None,
     tokens_per_update: int = 256,
-    tap: str = "hidden",
+    tap: str = "auto",
+    temperature: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     labels: Mapping[str, str | int | float] | None = None,
     flush_every: int = 10,
@@ -34,12 +37,12 @@ def attach(
     audit_every: int | None = None,
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
+    copies: bool = False,
     on_update: Callable[[Mapping[str, object]], None] | None = None,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
-    Use it as a context manager around the loop, or call `close()` at the end. Keeps one copy of the parameters and one
-    of their gradient on the model's device, for the directions between updates.
+    Use it as a context manager around the loop, or call `close()` at the end.
 
     Args:
         model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
@@ -48,8 +51,11 @@ def attach(
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
             `negative_count` and `d2`; without it those stay empty.
         tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
-        tap: "hidden" reads the last hidden state, which every training path has; "logits" reads the logits, where the
-            loss is computed from them: the whole logit gradient, whatever the loss.
+        tap: "auto" reads the logits where the loss is computed from them (the whole logit gradient, whatever the
+            loss), else the last hidden state, which every training path has. "hidden", "logits" and "log_probs" (what
+            TRL's fused head returns: cheapest, but blind to anything that is no loss of them) insist on one.
+        temperature: the policy trained is softmax(logits / temperature).
+        scaler: the loop's fp16 GradScaler: norms are then recorded in true units.
         tokenizer: fills the `text` column.
         labels: kept with the run; columns of their own when several runs are read together.
         flush_every: updates between two writes (one is also made every minute).
@@ -60,6 +66,9 @@ def attach(
         sketch: numbers kept of each gradient and each step (`lcogeom.sketch`), for cosines between any two updates
             afterwards: 16384 take 128 KiB an update on disk; 0 or None keeps none.
         sketch_layers: keep the part of each layer as well, at that size for each.
+        copies: keep one copy of the parameters and one of their gradient on the model's device: `update_norm`,
+            `grad_cos_prev` and `step_grad_cos` are then exact. Without it they are taken from the sketches (to 0.6 %
+            and to 0.008, at 16384 numbers); with neither they stay empty.
         on_update: called with each row of `updates` (column -> value) when it is known, which is at a flush.
 
     Raises:
@@ -70,8 +79,12 @@ def attach(
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
     """
     minimised = objective_by_name(objective) if isinstance(objective, str) else objective
-    if tap not in ("hidden", "logits"):
-        raise ValueError(f"tap: {tap!r}; must be 'hidden' or 'logits'.")
+    if tap not in KINDS:
+        raise ValueError(f"tap: {tap!r}; must be one of {', '.join(map(repr, KINDS))}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: {temperature}; must be a positive number.")
+    if tap == "log_probs" and minimised is not None and not isinstance(minimised, ActionObjective):
+        raise ValueError(f"tap: 'log_probs' sees no more of {minimised.name!r} than the actions. Use tap='auto'.")
     counts = (("tokens_per_update", tokens_per_update), ("flush_every", flush_every), ("audit_every", audit_every))
     for name, value in counts:
         if value is not None and value < 1:
@@ -88,6 +101,7 @@ def attach(
         "vocabulary": int(head.module.weight.shape[0]),  # type: ignore[index]
         "optimizer": type(optimizer).__name__,
         "tap": tap,
+        "temperature": temperature,
         "tokens_per_update": tokens_per_update,
         "sketch": sketch or 0,
         "labels": dict(labels or {}),
@@ -102,6 +116,8 @@ def attach(
             writer=writer,
             minimised=minimised,
             tap=tap,
+            temperature=temperature,
+            scaler=scaler,
             tokens_per_update=tokens_per_update,
             flush_every=flush_every,
             seed=seed,
@@ -109,6 +125,7 @@ def attach(
             audit_every=audit_every,
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
+            copies=copies,
             on_update=on_update,
         )
     except (TapError, TypeError, ValueError):

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from lcogeom.recording.sketching import UpdateSketches
+from lcogeom.recording.clipping import ScalingWatch
+from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
 
 SEPARATE = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
 FUSED = {"qkv_proj", "c_attn", "Wqkv", "W_pack", "query_key_value"}
 INTERLEAVED = {"query_key_value"}  # [q of the group's heads, k, v] for each key/value head, not q | k | v
-PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
 
 
 class GradientMeter:
     """Watches the parameters that an optimiser updates. Every result is a 0-d tensor on its device: no sync here."""
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, sketch: int = 0, sketch_layers: bool = False
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sketch: int = 0,
+        sketch_layers: bool = False,
+        copies: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """sketch: numbers kept of each gradient and step, 0 for none; sketch_layers: of each layer's part too."""
+        """sketch: numbers kept of each gradient and step, 0 for none; sketch_layers: of each layer's part too.
+
+        copies: of parameters and gradient are kept, for exact norms and cosines of steps.
+        """
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._parameters: list[tuple[str, torch.nn.Parameter]] = []
+        self._names: list[str] = []
+        self._parameters: list[torch.nn.Parameter] = []
         self._members: dict[tuple[str, str], list[int]] = defaultdict(list)  # (scope, name) -> places in _parameters
         for group, settings in enumerate(optimizer.param_groups):
             for parameter in settings["params"]:
@@ -37,122 +47,88 @@ class GradientMeter:
                 name = names.get(id(parameter), f"group{group}.unnamed")
                 self._members["layer", layer_of(name)].append(len(self._parameters))
                 self._members["group", str(group)].append(len(self._parameters))
-                self._parameters.append((name, parameter))
-        if not any(id(parameter) in names for _, parameter in self._parameters):
+                self._names.append(name)
+                self._parameters.append(parameter)
+        if not any(id(parameter) in names for parameter in self._parameters):
             raise ValueError(
                 "optimizer: it updates none of this model's trainable parameters. Pass the pair that trains."
             )
-        self._sketches: UpdateSketches | None = None
+        sketcher = None
         if sketch:
-            layers = [layer_of(name) for name, _ in self._parameters]
-            self._sketches = UpdateSketches([p for _, p in self._parameters], layers, sketch, sketch_layers)
+            sketcher = Sketcher(self._parameters, [layer_of(name) for name in self._names], sketch, sketch_layers)
+        self._steps: StepWatch | None = None
+        if copies:
+            self._steps = CopiedSteps(self._parameters, self._members, sketcher)
+        elif sketcher is not None:
+            self._steps = SketchedSteps(self._parameters, self._members, sketcher)
         self._layouts = attention_layouts(model)
-        self._arrived: dict[int, Tensor] = {}  # place -> squared norm before clipping
-        self._attention: dict[int, Tensor] = {}  # place -> Frobenius norms of its q, k, v parts
-        self._before: list[Tensor] | None = None
-        self._gradient: list[Tensor | None] = [None] * len(self._parameters)
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._accumulated(place))
-            for place, (_, parameter) in enumerate(self._parameters)
-        ]
+        self._scaling = ScalingWatch(self._parameters)
+        self._scaler = scaler
+        self._scale: Tensor | None = None
+        self._norms: Tensor | None = None
+        self._present: list[bool] = []
+        self._audited: list[Tensor] = []
 
-    def remove(self) -> None:
-        """Take the hooks off and let go of the copies."""
-        for handle in self._handles:
-            handle.remove()
-        self._before, self._gradient = None, [None] * len(self._parameters)
+    def backward_ended(self) -> None:
+        """The gradients are in place as the backward pass left them."""
+        self._scaling.look()
+        # Private, but get_scale() would wait for the device.
+        scale = None if self._scaler is None else getattr(self._scaler, "_scale", None)
+        self._scale = None if scale is None else scale.detach().double().reshape(()).clone()
 
-    def _accumulated(self, place: int) -> Callable[[Tensor], None]:
-        layout = self._layouts.get(self._parameters[place][0])
+    def gradients_gone(self) -> bool:
+        """Whether gradients of the last backward pass have been thrown away."""
+        return self._scaling.gone()
 
-        def hook(parameter: Tensor) -> None:
-            # With accumulation this runs once per backward pass; the last one sees the whole gradient.
-            gradient = parameter.grad
-            if gradient is None:
-                return
-            self._arrived[place] = _norm(gradient).square()
-            if layout is not None:
-                self._attention[place] = torch.stack([_norm(part) for part in split_attention(gradient, layout)])
-
-        return hook
-
-    def before_step(self) -> dict[str, Tensor]:
-        """Norms of the gradient, and its cosine with the last one; keeps copies of parameters and gradient."""
-        if self._before is None:
-            self._before = [torch.empty_like(_flat(parameter)) for _, parameter in self._parameters]
-            for place, (_, parameter) in enumerate(self._parameters):
-                self._sketch("weights", place, parameter)
-        now, last, along = _Sum(), _Sum(), _Sum()
-        comparable = True  # with the last update: every gradient here was there too
+    def before_step(self, audited: bool = False) -> dict[str, Tensor]:
+        """Norms of the gradient, and its cosine with the last one. audited: the weights are kept for the audit."""
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
-            for place, (_, parameter) in enumerate(self._parameters):
-                self._before[place].copy_(_flat(parameter))
-                gradient, kept = parameter.grad, self._gradient[place]
-                if gradient is None:
-                    self._gradient[place] = None
-                    continue
-                self._sketch("gradient", place, gradient)
-                if kept is None:
-                    kept = self._gradient[place] = torch.zeros_like(_flat(gradient))
-                    comparable = False
-                for new, old in _pieces(_flat(gradient), kept):
-                    now.add(_square(new))
-                    if comparable:
-                        last.add(_square(old))
-                        along.add(_dot(new, old))
-                    old.copy_(new)
-        found = {"grad_norm_clipped": now.root()}
-        if self._arrived:
-            found["grad_norm"] = _root_of_sum(self._arrived.values())
-        if self._attention:
-            found["qkv_mean_frobenius"] = torch.cat(list(self._attention.values())).mean()
-        if comparable and along.terms:
-            found["grad_cos_prev"] = along.total() / (now.root() * last.root())
-        return found
+            if audited:
+                self._audited = [parameter.detach().clone() for parameter in self._parameters]
+            gradients = [parameter.grad for parameter in self._parameters]
+            device = self._parameters[0].device
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            squares = [zero if g is None else _norm(g).to(device).double().square() for g in gradients]
+            clipped = torch.stack(squares)
+            found["grad_norm_clipped"] = clipped.sum().sqrt()
+            scaling = self._scaling.factors()
+            self._norms = None
+            if scaling is not None:
+                factors, plain = scaling
+                if self._scale is not None:
+                    factors = factors * self._scale.to(device)
+                self._norms = torch.where(plain, clipped.sqrt() / factors, math.nan)
+                found["grad_norm"] = self._norms.square().sum().sqrt()
+                attention = []
+                for place, gradient in enumerate(gradients):
+                    layout = self._layouts.get(self._names[place])
+                    if layout is not None and gradient is not None:
+                        parts = torch.stack([_norm(part) for part in split_attention(gradient, layout)])
+                        attention.append(torch.where(plain, parts.to(device).double() / factors[place], math.nan))
+                if attention:
+                    found["qkv_mean_frobenius"] = torch.cat(attention).mean()
+            self._present = [gradient is not None for gradient in gradients]
+            return found | (self._steps.before() if self._steps is not None else {})
 
     def around_the_step(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(the parameters, their values before the step); only between `before_step` and `after_step`."""
-        assert self._before is not None
-        parameters = [parameter for _, parameter in self._parameters]
-        return list(parameters), [
-            old.view(parameter.shape) for old, parameter in zip(self._before, parameters, strict=True)
-        ]
+        """(the parameters, their values before the step); only after `before_step(audited=True)`."""
+        before, self._audited = self._audited, []
+        return list(self._parameters), before
 
-    def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]]]:
-        """(norm of the step and its cosine with -gradient, rows of the norms table without their step)."""
-        assert self._before is not None
-        steps, forces, along = [_Sum() for _ in self._parameters], _Sum(), _Sum()
+    def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]], list[StoredSketch]]:
+        """(norm of the step and its cosine with -gradient, rows of the norms table without their step, sketches)."""
         with torch.no_grad():
-            for place, (_, parameter) in enumerate(self._parameters):
-                gradient = self._gradient[place]
-                for before, after, force in _pieces(self._before[place], _flat(parameter), gradient):
-                    backwards = before.sub_(after)
-                    steps[place].add(_square(backwards))
-                    if force is not None:
-                        forces.add(_square(force))
-                        along.add(_dot(backwards, force))
-                self._sketch("step", place, self._before[place], sign=-1.0)  # it holds theta_old - theta_new now
-        found = {"update_norm": _root_of_sum(step.total() for step in steps)}
-        if forces.terms:
-            found["step_grad_cos"] = along.total() / (found["update_norm"] * forces.root())
-        rows: dict[str, list[object]] = defaultdict(list)
-        for (scope, name), members in self._members.items():
-            rows["scope"].append(scope)
-            rows["name"].append(name)
-            arrived = [self._arrived[place] for place in members if place in self._arrived]
-            rows["grad_norm"].append(_root_of_sum(arrived) if arrived else None)
-            rows["update_norm"].append(_root_of_sum(steps[place].total() for place in members))
-        self._arrived.clear()
-        self._attention.clear()
-        return found, rows
-
-    def sketches(self) -> list[tuple[str, str | None, Tensor]]:
-        """(vector, layer or None for the whole, sketch) of the update that after_step saw; none if not asked for."""
-        return [] if self._sketches is None else self._sketches.take()
-
-    def _sketch(self, vector: str, place: int, values: Tensor, sign: float = 1.0) -> None:
-        if self._sketches is not None:
-            self._sketches.add(vector, place, values, sign)
+            found = StepFound({}, {}, []) if self._steps is None else self._steps.after()
+            rows: dict[str, list[object]] = defaultdict(list)
+            for key, members in self._members.items():
+                there = [place for place in members if self._present[place]]
+                rows["scope"].append(key[0])
+                rows["name"].append(key[1])
+                norms = self._norms
+                rows["grad_norm"].append(None if norms is None or not there else norms[there].square().sum().sqrt())
+                rows["update_norm"].append(found.squares[key].sqrt() if key in found.squares else None)
+        return found.values, rows, found.sketches
 
 
 def layer_of(name: str) -> str:
@@ -217,45 +193,5 @@ def _key_value_heads(config: transformers.PretrainedConfig, heads: int) -> int:
     return int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
 
 
-class _Sum:
-    """A sum of 0-d tensors, kept on their device and added in float64 at the end."""
-
-    def __init__(self) -> None:
-        self.terms: list[Tensor] = []
-
-    def add(self, term: Tensor) -> None:
-        self.terms.append(term)
-
-    def total(self) -> Tensor:
-        return torch.stack(self.terms).double().sum() if self.terms else torch.zeros((), dtype=torch.float64)
-
-    def root(self) -> Tensor:
-        return self.total().sqrt()
-
-
-def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same stretch of each flat tensor, small enough that what follows finds it in the cache; None stays None."""
-    assert tensors[0] is not None
-    for start in range(0, len(tensors[0]), PIECE):
-        yield tuple(None if tensor is None else tensor[start : start + PIECE] for tensor in tensors)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1)
-
-
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return _norm(tensor).square()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    precise = torch.promote_types(a.dtype, torch.float32)
-    return torch.dot(a.to(precise), b.to(precise))
-
-
-def _root_of_sum(squares: Iterable[Tensor]) -> Tensor:
-    return torch.stack([square.double() for square in squares]).sum().sqrt()

@@ -18,11 +18,12 @@ from torch import Tensor
 from lcogeom.objectives import Objective
 from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
+from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head
 from lcogeom.recording.summary import summarise
-from lcogeom.recording.taps import Tap, TapError, hidden_tap, logits_tap, silence
-from lcogeom.recording.tokens import Candidates, Columns, choose, measure
+from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
+from lcogeom.recording.tokens import Columns, measure, measure_logprobs
 from lcogeom.runs.store import RunWriter
 
 FLUSH_SECONDS = 60.0
@@ -39,6 +40,8 @@ class Probe:
         writer: RunWriter,
         minimised: Objective | None,
         tap: str,
+        temperature: float,
+        scaler: torch.amp.GradScaler | None,
         tokens_per_update: int,
         flush_every: int,
         seed: int,
@@ -46,6 +49,7 @@ class Probe:
         audit_every: int | None,
         sketch: int,
         sketch_layers: bool,
+        copies: bool,
         on_update: Callable[[Mapping[str, object]], None] | None,
     ) -> None:
         self.path: Path = writer.path
@@ -57,10 +61,11 @@ class Probe:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
         self._head = output_head(model)
-        self._meter = GradientMeter(model, optimizer, sketch=sketch, sketch_layers=sketch_layers)
-        self._tap: Tap = (
-            logits_tap(model, self._arrived) if tap == "logits" else hidden_tap(model, self._head, self._arrived)
+        self._temperature = temperature
+        self._meter = GradientMeter(
+            model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler
         )
+        self._tap: Tap = tap_model(model, self._head, tap, self._arrived)
         self._audit_every = audit_every
         self._auditor = None
         if audit_every is not None and minimised is not None:
@@ -69,7 +74,10 @@ class Probe:
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
-        self._batch: BatchRecord | None = None
+        self._batches: list[BatchRecord] = []
+        self._factor: Tensor | None = None
+        self._in_backward = False
+        self._scaler = scaler
         self._candidates: list[Candidates] = []
         self._measured: list[Columns] = []
         self._losses: list[Tensor] = []
@@ -97,7 +105,7 @@ class Probe:
         advantage_ids: Tensor | None = None,
         old_logits: Tensor | None = None,
     ) -> None:
-        """Say what the next backward pass is about. Optional; before `loss.backward()`, once for each of them.
+        """Say what the next backward pass is about. Optional; before it, once for each forward pass that it covers.
 
         Args:
             input_ids: (B, T) as given to the model.
@@ -105,7 +113,9 @@ class Probe:
                 logits at t - 1 predicted. Without it, tokens whose gradient is not zero count.
             advantages: (B, T), or (B, T, K) with `advantage_ids`.
             old_logprobs, ref_logprobs: (B, T), of the tokens input_ids[:, t] under behaviour and reference policy.
-            loss: the loss to be back-propagated, for the record.
+            loss: the loss to be back-propagated, for the record, before it is divided for gradient accumulation or
+                scaled for fp16: where it is a tensor with a graph, what it is multiplied by afterwards is read from
+                the backward pass, and token columns are recorded without that factor.
             advantage_ids: (B, T, K) token ids the advantages belong to.
             old_logits: (M, V), the rollout policy's logits of the M completion tokens, in the order of
                 `action_mask.nonzero()`; target objectives need them for their misfit.
@@ -120,9 +130,11 @@ class Probe:
             "ref_logprobs": ref_logprobs,
             "advantage_ids": advantage_ids,
         }
-        self._batch = BatchRecord(input_ids, given, old_logits)
+        self._batches.append(BatchRecord(input_ids, given, old_logits))
         if loss is not None:
             self._losses.append(torch.as_tensor(loss).detach().mean())
+            if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+                loss.register_hook(self._multiplied)
 
     def flush(self) -> None:
         """Write everything recorded so far to the run folder."""
@@ -139,7 +151,6 @@ class Probe:
     def close(self) -> None:
         """Take every hook off and flush. The model is as it was before `attach`."""
         self._tap.remove()
-        self._meter.remove()
         if self._auditor is not None:
             self._auditor.remove()
         for handle in self._steps:
@@ -154,28 +165,27 @@ class Probe:
     ) -> None:
         self.close()
 
-    def _arrived(self, values: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
+    def _multiplied(self, gradient: Tensor) -> None:
+        """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
+        self._factor = gradient.detach().double().reshape(())
+
+    def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
-        batch, self._batch = self._batch, None
+        values, gradient = sighting.values, sighting.gradient
+        self._forget_skipped()
         self._backwards += 1
-        if ids is None:
-            if batch is None:
-                raise TapError(
-                    "the model was called without input_ids. Call probe.batch(input_ids=...) before backward()."
-                )
-            ids = batch.input_ids
-        elif batch is not None:
-            if batch.input_ids.shape != ids.shape:
-                raise ValueError(
-                    f"input_ids: batch() was given {tuple(batch.input_ids.shape)}, but the model saw "
-                    f"{tuple(ids.shape)}. Call batch() once for each forward and backward pass, with its own rows."
-                )
-            self._mismatches.append((batch.input_ids.to(ids.device) != ids).any())
-        kept = ids.shape[1] - values.shape[1]  # logits_to_keep: only the last positions were computed
+        if not self._in_backward:
+            self._in_backward = True
+            _at_end_of_backward(self._backward_ended)
+        batch, ids = self._said_of(sighting.ids)
+        # logits_to_keep: only the last positions were computed. Log-probabilities belong to the token after, so their
+        # first entry is the second token's.
+        kept = ids.shape[1] - values.shape[1] - (sighting.kind == "log_probs")
         if batch is not None and batch.mask is not None:
             sequence, place = batch.mask.to(ids.device).nonzero(as_tuple=True)
         else:
-            sequence, place = (gradient[:, :-1] != 0).any(2).nonzero(as_tuple=True)
+            moved = gradient != 0 if sighting.kind == "log_probs" else (gradient[:, :-1] != 0).any(2)
+            sequence, place = moved.nonzero(as_tuple=True)
             place = place + kept + 1
         if len(place) and int(place.min()) <= kept:
             raise ValueError(
@@ -188,26 +198,78 @@ class Probe:
         if batch is not None and batch.mask is not None:
             first = batch.mask.to(ids.device).int().argmax(1)
         # Chosen before anything is copied: of logits, all tokens' rows may not fit a second time.
-        sizes = torch.linalg.vector_norm(gradient, dim=2, dtype=torch.float32)[sequence, place - 1 - kept]
-        [(rows, weight)] = choose([sizes], self._budget, self._rng)
-        sequence, place = sequence[rows], place[rows]
+        at = place - 1 - kept
+        sizes = gradient.abs().float() if gradient.ndim == 2 else _norm_of_rows(gradient)
+        [(rows, weight)] = choose([sizes[sequence, at]], self._budget, self._rng)
+        sequence, place, at = sequence[rows], place[rows], at[rows]
         actions = ids[sequence, place]
+        factor = torch.ones((), dtype=torch.float64) if self._factor is None else self._factor
         some = Candidates(
-            values=values[sequence, place - 1 - kept],
-            gradients=gradient[sequence, place - 1 - kept].detach(),
+            values=Rows(values, sequence, at),
+            gradients=Rows(gradient.detach(), sequence, at),
             sequence=sequence + self._sequences,
             position=place - first[sequence],
             actions=actions,
             weight=weight,
+            factor=factor.to(weight.device).expand(len(rows)),
             batch=None if batch is None else batch.rows(sequence, place, rows, actions),
         )
         self._sequences += ids.shape[0]
         if not len(rows):
             return
-        if self._tap.kind == "hidden":
-            self._candidates.append(some)
-        else:  # logits are too large to keep until the step
-            self._measured.append(measure(some, self._objective, None))
+        if sighting.kind == "hidden":
+            self._candidates.append(some.gathered())
+        elif sighting.kind == "logits":  # they are too large to keep until the step
+            self._measured.append(measure(some, self._objective, None, self._temperature))
+        else:
+            entropy, squares = sighting.entropy, sighting.log_sum_sq_probs
+            self._measured.append(
+                measure_logprobs(
+                    some.gathered(),
+                    self._objective,
+                    int(self._head.module.weight.shape[0]),  # type: ignore[index]
+                    None if entropy is None else entropy[sequence, at],
+                    None if squares is None else squares[sequence, at].double().exp(),
+                )
+            )
+
+    def _backward_ended(self) -> None:
+        self._in_backward, self._factor = False, None
+        self._meter.backward_ended()
+
+    def _said_of(self, ids: Tensor | None) -> tuple[BatchRecord | None, Tensor]:
+        """(what batch() said of this forward pass, its input ids); each record serves one forward pass."""
+        if ids is None:
+            if not self._batches:
+                raise TapError(
+                    "the model was called without input_ids. Call probe.batch(input_ids=...) before backward()."
+                )
+            batch = self._batches.pop()  # the backward pass meets the last forward pass first
+            return batch, batch.input_ids
+        if not self._batches:
+            return None, ids
+        fitting = [batch for batch in self._batches if batch.input_ids.shape == ids.shape]
+        if not fitting:
+            raise ValueError(
+                f"input_ids: batch() was given {tuple(self._batches[-1].input_ids.shape)}, but the model saw "
+                f"{tuple(ids.shape)}. Call batch() once for each forward and backward pass, with its own rows."
+            )
+        same = [batch for batch in fitting if batch.input_ids.data_ptr() == ids.data_ptr()]
+        batch = (same or fitting)[-1]
+        self._batches.remove(batch)
+        self._mismatches.append((batch.input_ids.to(ids.device) != ids).any())
+        return batch, ids
+
+    def _forget_skipped(self) -> None:
+        """A new update begins though the last one's step never came: its gradients were thrown away."""
+        if self._backwards and self._meter.gradients_gone():
+            self._warn(
+                f"update {self._step}: gradients were thrown away without a step (a loss scaler does so when they "
+                "overflow); the recorder forgot their tokens as well."
+            )
+            self._candidates, self._measured, self._mismatches = [], [], []
+            self._losses = self._losses[-1:] if self._batches else []
+            self._sequences = self._completion_tokens = self._backwards = 0
 
     def _keep_for_audit(self, batch: BatchRecord | None, ids: Tensor, sequence: Tensor, place: Tensor) -> None:
         if self._auditor is None or batch is None:
@@ -220,34 +282,37 @@ class Probe:
         if not self._backwards:
             raise TapError(silence(self._tap))
         if self._candidates:
-            kept = choose([some.gradients.float().norm(dim=1) for some in self._candidates], self._budget, self._rng)
+            kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(self._candidates, kept, strict=True):
                 if len(rows):
                     part = replace(some[rows], weight=some.weight[rows] * growth)
-                    self._measured.append(measure(part, self._objective, self._head))
+                    self._measured.append(measure(part, self._objective, self._head, self._temperature))
         elif self._measured:
-            kept = choose([columns["logit_grad_norm"] for columns in self._measured], self._budget, self._rng)
+            kept = choose([_size(columns) for columns in self._measured], self._budget, self._rng)
             self._measured = [
                 {name: column[rows] * growth if name == "weight" else column[rows] for name, column in columns.items()}
                 for columns, (rows, growth) in zip(self._measured, kept, strict=True)
             ]
         self._candidates = []
-        self._now = self._meter.before_step()
+        self._now = self._meter.before_step(audited=self._audited())
+
+    def _audited(self) -> bool:
+        return self._auditor is not None and self._audit_every is not None and self._step % self._audit_every == 0
 
     def _after_step(self) -> None:
         audit: dict[str, float] = {}
-        if self._auditor is not None and self._audit_every is not None:
-            if self._step % self._audit_every == 0:
+        if self._auditor is not None:
+            if self._audited():
                 audit = self._auditor.audit(*self._meter.around_the_step())
             self._auditor.forget()
-        found, norms = self._meter.after_step()
+        found, norms, sketches = self._meter.after_step()
         self._pending.append(
             {
                 "step": self._step,
                 "seconds": time.monotonic() - self._started,
                 "values": self._now | found | audit,
                 "norms": norms,
-                "sketches": self._meter.sketches(),
+                "sketches": sketches,
                 "measured": self._measured,
                 "losses": self._losses,
                 "mismatches": self._mismatches,
@@ -255,6 +320,7 @@ class Probe:
             }
         )
         self._measured, self._losses, self._mismatches = [], [], []
+        self._batches = []
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
         self._unwritten += 1
@@ -322,3 +388,19 @@ class Probe:
 
 def _number(value: object) -> object:
     return float(value) if isinstance(value, Tensor) else value
+
+
+def _norm_of_rows(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+
+
+def _size(columns: Columns) -> Tensor:
+    """How much a token matters, where it has been measured: |f'| where the norm is not known."""
+    norm = columns["logit_grad_norm"]
+    return torch.where(norm.isnan(), columns["d1"].abs(), norm)
+
+
+def _at_end_of_backward(call: Callable[[], None]) -> None:
+    """After the running backward pass, and what others do at its end: DDP puts the averaged gradients in place."""
+    engine = torch.autograd.Variable._execution_engine  # the engine runs what was queued last, last
+    engine.queue_callback(lambda: engine.queue_callback(call))

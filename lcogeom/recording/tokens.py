@@ -5,40 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
-from lcogeom.geometry.softmax import TokenDistribution, token_distribution
+from lcogeom.geometry.softmax import token_distribution
 from lcogeom.objectives import ActionObjective, Objective, TokenBatch
+from lcogeom.recording.candidates import Candidates, Rows
 from lcogeom.recording.head import OutputHead
+from lcogeom.recording.softmax_sums import SoftmaxSums, softmax_sums
 
 BLOCK_ELEMENTS = 2**19  # logits looked at together: 4 MiB in float64, which the cache holds
+HEAD_ELEMENTS = 2**22  # logits made of hidden states at once: 16 MiB, of which a matrix product takes its time
 TRUSTED_MISFIT = 0.05  # beyond it the gradient is not a multiple of the expected direction
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Completion tokens of one backward pass, still as the tap saw them."""
-
-    values: Tensor
-    """Hidden states (M, d) or logits (M, V)."""
-    gradients: Tensor
-    """Gradient of the loss with respect to `values`."""
-    sequence: Tensor
-    position: Tensor
-    actions: Tensor
-    """(M,) int64 each."""
-    weight: Tensor
-    """(M,) float64: how many tokens each stands for."""
-    batch: TokenBatch | None
-    """What batch() said of the same tokens."""
-
-    def __getitem__(self, rows: Tensor) -> Candidates:
-        present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **{name: value[rows] for name, value in present.items()})
 
 
 Columns = dict[str, Tensor]
@@ -46,55 +26,91 @@ Columns = dict[str, Tensor]
 the gradient has the opposite sign of the declared objective's."""
 
 
-def choose(sizes: list[Tensor], budget: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """At most `budget` tokens of several groups: half those of the largest size, half a uniform sample of the rest.
-
-    The sampled ones stand for those left out as well, so weighted sums over the result are unbiased.
-
-    Args:
-        sizes: of the gradient at each token, (M_i,) for each group.
-
-    Returns:
-        For each group: (the rows kept, by what their weight grows).
-    """
-    counts = [len(size) for size in sizes]
-    joined = torch.cat(sizes)
-    growth = torch.ones(len(joined), dtype=torch.float64, device=joined.device)
-    if len(joined) > budget:
-        top = budget // 2
-        order = joined.nan_to_num(nan=math.inf).argsort(descending=True)
-        drawn = top + torch.randperm(len(joined) - top, generator=rng)[: budget - top]
-        growth[order[top:]] = 0.0
-        growth[order[drawn.to(order.device)]] = (len(joined) - top) / (budget - top)
-    return [((part > 0).nonzero().squeeze(1), part[part > 0]) for part in growth.split(counts)]
-
-
-def measure(candidates: Candidates, objective: Objective | None, head: OutputHead | None) -> Columns:
+def measure(
+    candidates: Candidates, objective: Objective | None, head: OutputHead | None, temperature: float = 1.0
+) -> Columns:
     """Everything recorded of each token, float64, in blocks.
 
     Args:
         candidates: with logits, or with hidden states when `head` is given.
         objective: what the user says is minimised; None if unknown.
         head: of the model, for the hidden-state tap.
+        temperature: the policy is softmax(logits / temperature).
     """
-    width = candidates.values.shape[1] if head is None else int(head.module.weight.shape[0])  # type: ignore[index]
-    step = max(1, BLOCK_ELEMENTS // width)
+    if head is None:
+        seen = candidates.values
+        width, most = (seen.source if isinstance(seen, Rows) else seen).shape[-1], BLOCK_ELEMENTS
+    else:
+        width = int(head.module.weight.shape[0])  # type: ignore[index]
+        most = HEAD_ELEMENTS if objective is None or isinstance(objective, ActionObjective) else BLOCK_ELEMENTS
+    step = max(1, most // width)
     blocks = []
     with torch.no_grad():
         for start in range(0, len(candidates.actions), step):
             rows = torch.arange(start, min(start + step, len(candidates.actions)), device=candidates.actions.device)
-            blocks.append(_measure_block(candidates[rows], objective, head))
+            some = candidates[rows].gathered()
+            if objective is None or isinstance(objective, ActionObjective):
+                blocks.append(_measure_action(some, objective, head, temperature))
+            else:
+                blocks.append(_measure_any(some, objective, head, temperature))
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _measure_block(some: Candidates, objective: Objective | None, head: OutputHead | None) -> Columns:
+def _measure_action(
+    some: Candidates, objective: Objective | None, head: OutputHead | None, temperature: float
+) -> Columns:
+    """Along s, the logit gradient of every action objective up to the factor f' (1 - pi) / temperature."""
+    values, seen = some.values, some.gradients
+    assert isinstance(values, Tensor)
+    assert isinstance(seen, Tensor)
+    if head is None:
+        width = values.shape[1]
+        sums = softmax_sums(_cooled(values, temperature), some.actions, seen)
+        length = sums.direction_norm()
+        along, seen_squares = sums.seen_along, sums.seen_squares
+        assert along is not None
+        assert seen_squares is not None
+        coefficient = along / length.square()
+        residual = (seen_squares - along * coefficient).clamp(min=0).sqrt()
+        norm = seen_squares.sqrt()
+    else:
+        logits = head.logits(values)
+        width = logits.shape[1]
+        others = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+        sums = softmax_sums(_cooled(logits, temperature), some.actions, None, others)
+        direction = others.neg_().scatter_(1, some.actions[:, None], 1.0)
+        image, g = head.pull_back(direction, logits), seen.double()
+        coefficient = (g * image).sum(1) / image.square().sum(1)
+        residual = (g - coefficient[:, None] * image).norm(dim=1)
+        norm = coefficient.abs() * sums.direction_norm()
+        seen_squares = g.square().sum(1)
+    misfit = torch.where(residual == 0, 0.0, residual / seen_squares.sqrt())
+    if head is not None:
+        norm = torch.where(misfit < TRUSTED_MISFIT, norm, math.nan)
+    d1 = coefficient / sums.complement() * temperature / some.factor
+    d2, negatives, contradicts = _action_curvature(some, objective, sums, (d1, misfit), width)
+    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob()) | {
+        "logit_grad_norm": norm / some.factor,
+        "d1": d1,
+        "d2": d2,
+        "misfit": misfit,
+        "convex": torch.where(negatives.isnan(), negatives, (negatives == 0).double()),
+        "negative_count": negatives,
+        "contradicts": contradicts,
+    }
+
+
+def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None, temperature: float) -> Columns:
+    """Along the objective's own gradient, over the whole vocabulary."""
+    assert isinstance(some.values, Tensor)
+    assert isinstance(some.gradients, Tensor)
     logits = some.values if head is None else head.logits(some.values)
-    distribution = token_distribution(logits, some.actions)
-    expected = _expected_direction(distribution, logits, some.batch, objective)
+    cooled = _cooled(logits, temperature)
+    distribution = token_distribution(cooled, some.actions)
+    expected = _where_finite(cooled, some.batch, objective.gradient)
     seen = some.gradients.double()
     unknown = torch.full_like(distribution.logprobs, math.nan)
-
-    coefficient = misfit = norm = unknown
+    misfit, norm = unknown, unknown
     if expected is not None:
         length = expected.norm(dim=1)
         unit = expected / length.clamp(min=1e-300)[:, None]  # before any rounding to float32: saturated rows are tiny
@@ -103,13 +119,60 @@ def _measure_block(some: Candidates, objective: Objective | None, head: OutputHe
         residual = (seen - coefficient[:, None] * image).norm(dim=1)
         misfit = torch.where(residual == 0, 0.0, residual / seen.norm(dim=1))
         norm = torch.where(misfit < TRUSTED_MISFIT, coefficient.abs(), math.nan)
-        coefficient = coefficient / length
     if head is None:
         norm = seen.norm(dim=1)
+    counts = _where_finite(cooled, some.batch, lambda z, b: objective.hessian(z, b).negative_count()[:, None].double())
+    negatives = unknown if counts is None else counts[:, 0]
+    return _columns(some, distribution.logprobs, distribution.entropy(), distribution.sum_sq_prob()) | {
+        "logit_grad_norm": norm / some.factor,
+        "d1": unknown,
+        "d2": unknown,
+        "misfit": misfit,
+        "convex": torch.where(negatives.isnan(), negatives, (negatives == 0).double()),
+        "negative_count": negatives,
+        "contradicts": torch.zeros_like(unknown, dtype=torch.bool),
+    }
 
-    is_action = objective is None or isinstance(objective, ActionObjective)
-    d1 = coefficient if is_action else unknown
-    d2, negatives, contradicts = _curvature(some.batch, objective, distribution, logits, (d1, misfit))
+
+def measure_logprobs(
+    some: Candidates,
+    objective: Objective | None,
+    vocabulary: int,
+    entropy: Tensor | None,
+    sum_sq_prob: Tensor | None,
+) -> Columns:
+    """The same from log-probabilities l (M,) and d loss / d l: f' is seen itself, for the price of nothing.
+
+    entropy, sum_sq_prob: (M,), where the model computed them; the logit gradient's norm needs the second.
+    """
+    values, seen = some.values, some.gradients
+    assert isinstance(values, Tensor)
+    assert isinstance(seen, Tensor)
+    logprobs, d1 = values.double(), seen.double() / some.factor
+    unknown = torch.full_like(logprobs, math.nan)
+    squares = unknown if sum_sq_prob is None else sum_sq_prob.double()
+    none = torch.zeros_like(unknown)
+    odds = SoftmaxSums(torch.expm1(-logprobs).log(), none, none, None, None)
+    misfit = torch.zeros_like(unknown)  # a loss of these log-probabilities is one by construction
+    d2, negatives, contradicts = _action_curvature(some, objective, odds, (d1, misfit), vocabulary)
+    return _columns(some, logprobs, unknown if entropy is None else entropy.double(), squares) | {
+        "logit_grad_norm": d1.abs() * (1 - 2 * logprobs.exp() + squares).clamp(min=0).sqrt(),
+        "d1": d1,
+        "d2": d2,
+        "misfit": unknown,
+        "convex": torch.where(negatives.isnan(), negatives, (negatives == 0).double()),
+        "negative_count": negatives,
+        "contradicts": contradicts,
+    }
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
+
+
+def _columns(some: Candidates, logprobs: Tensor, entropy: Tensor, sum_sq_prob: Tensor) -> Columns:
+    """What does not depend on the loss."""
+    unknown = torch.full_like(logprobs, math.nan)
     old = some.batch.old_logprobs if some.batch is not None else None
     old = unknown if old is None else old.double()
     return {
@@ -118,19 +181,12 @@ def _measure_block(some: Candidates, objective: Objective | None, head: OutputHe
         "token_id": some.actions,
         "weight": some.weight,
         "advantage": _sampled_advantage(some.batch, unknown),
-        "logprob": distribution.logprobs,
+        "logprob": logprobs,
         "old_logprob": old,
-        "ratio": (distribution.logprobs - old).exp(),
-        "prob": distribution.logprobs.exp(),
-        "entropy": distribution.entropy(),
-        "sum_sq_prob": distribution.sum_sq_prob(),
-        "logit_grad_norm": norm,
-        "d1": d1,
-        "d2": d2,
-        "misfit": misfit,
-        "convex": torch.where(negatives.isnan(), negatives, (negatives == 0).double()),
-        "negative_count": negatives,
-        "contradicts": contradicts,
+        "ratio": (logprobs - old).exp(),
+        "prob": logprobs.exp(),
+        "entropy": entropy,
+        "sum_sq_prob": sum_sq_prob,
     }
 
 
@@ -145,21 +201,12 @@ def _sampled_advantage(batch: TokenBatch | None, unknown: Tensor) -> Tensor:
     return torch.where(hit.any(1), found, unknown)
 
 
-def _expected_direction(
-    distribution: TokenDistribution, logits: Tensor, batch: TokenBatch | None, objective: Objective | None
-) -> Tensor | None:
-    """The logit gradient up to a factor, (M, V): u for every action objective, else the objective's own."""
-    if objective is None or isinstance(objective, ActionObjective):
-        return distribution.direction()
-    return _where_finite(logits, batch, objective.gradient)
-
-
-def _curvature(
-    batch: TokenBatch | None,
+def _action_curvature(
+    some: Candidates,
     objective: Objective | None,
-    distribution: TokenDistribution,
-    logits: Tensor,
+    sums: SoftmaxSums,
     recovered: tuple[Tensor, Tensor],
+    vocabulary: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(f'' of the loss seen, its number of negative eigenvalues, where the gradient contradicts the objective).
 
@@ -171,23 +218,22 @@ def _curvature(
     no = torch.zeros_like(d1, dtype=torch.bool)
     if objective is None:
         return unknown, unknown, no
-    if not isinstance(objective, ActionObjective):
-        counts = _where_finite(logits, batch, lambda z, b: objective.hessian(z, b).negative_count()[:, None].double())
-        return unknown, unknown if counts is None else counts[:, 0], no
-    batch = TokenBatch(distribution.actions) if batch is None else batch
+    assert isinstance(objective, ActionObjective)
+    batch = TokenBatch(some.actions) if some.batch is None else some.batch
     if any(getattr(batch, field) is None for field in objective.needs):
         return unknown, unknown, no
+    logprobs = sums.logprobs()
     try:
-        _, slope, bend = objective.derivatives(distribution.logprobs, batch)
+        _, slope, bend = objective.derivatives(logprobs, batch)
     except (TypeError, AttributeError) as error:  # a user's own function read a field that batch() was not given
         warnings.warn(
             f"d2 and convex stay empty: objective {objective.name!r} failed on the batch: {error}", stacklevel=2
         )
         return unknown, unknown, no
     d2 = torch.where(slope != 0, d1 * bend / slope, torch.where(bend == 0, 0.0, math.nan))
-    counts = negative_count(slope, bend, distribution.odds_against(), logits.shape[1]).double()
+    counts = negative_count(slope, bend, sums.log_odds.exp(), vocabulary).double()
     contradicts = (misfit < TRUSTED_MISFIT) & (d1 * slope < 0)
-    known = torch.isfinite(slope) & torch.isfinite(bend) & torch.isfinite(distribution.logprobs) & ~contradicts
+    known = torch.isfinite(slope) & torch.isfinite(bend) & torch.isfinite(logprobs) & ~contradicts
     return d2, torch.where(known, counts, math.nan), contradicts
 
 

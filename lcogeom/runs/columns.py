@@ -10,6 +10,8 @@ import pyarrow as pa
 TABLES = ("sketches", "tokens", "norms", "updates")
 """In the order in which they are flushed: an update's row appears only after its tokens, norms and sketches."""
 
+ESTIMATED = "; from sketches, unless recorded with copies=True: norms to 0.6 %, cosines to 0.008 (one standard error)"
+
 SIGNS = {"_positive": "tokens with A > 0", "_negative": "tokens with A < 0"}
 
 
@@ -51,9 +53,23 @@ COLUMNS: list[Column] = [
         "unweighted mean of the Frobenius norms of all query, key and value projection gradients, before clipping; "
         "fused projections are split (arXiv 2603.00963's measure, systems.md 1.4)",
     ),
-    Column("updates", "update_norm", "float64", "weight", "Euclidean norm of the step d = theta_new - theta_old"),
-    Column("updates", "grad_cos_prev", "float64", "1", "cosine of this gradient with the previous update's"),
-    Column("updates", "step_grad_cos", "float64", "1", "cosine of the step d with -gradient, as the optimiser got it"),
+    Column(
+        "updates",
+        "update_norm",
+        "float64",
+        "weight",
+        "Euclidean norm of the step d = theta_new - theta_old" + ESTIMATED,
+    ),
+    Column(
+        "updates", "grad_cos_prev", "float64", "1", "cosine of this gradient with the previous update's" + ESTIMATED
+    ),
+    Column(
+        "updates",
+        "step_grad_cos",
+        "float64",
+        "1",
+        "cosine of the step d with -gradient, as the optimiser got it" + ESTIMATED,
+    ),
     *_split("logprob", "float64", "nat", "mean log-probability of the actions, current policy"),
     *_split("action_prob", "float64", "1", "mean probability of the actions, current policy"),
     *_split("entropy", "float64", "nat", "mean entropy of the policy over the whole vocabulary"),

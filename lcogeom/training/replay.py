@@ -168,6 +168,7 @@ def replay(settings: ReplaySettings, run: str | Path, progress: Progress | None 
                 tokenizer=loaded.tokenizer,
                 labels={"model": settings.model, "variant": name, "seed": seed},
                 audit_every=settings.audit_every,
+                copies=True,
             ) as probe:
                 tell(f"{name}, seed {seed}", 0, settings.updates)
                 for update in range(settings.updates):

@@ -22,13 +22,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def test_norms_and_directions(tmp_path: Path, device: torch.device) -> None:
+@pytest.mark.parametrize("copies", [True, False])
+def test_norms_and_directions(copies: bool, tmp_path: Path, device: torch.device) -> None:
+    """Steps exactly from copies; from sketches of 16384 numbers within 4.5 of their standard errors."""
     model = build("llama", device)
     task = make_task(model)
     objective = lg.objective("sft")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     seen = []
-    with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective) as probe:
+    with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective, copies=copies) as probe:
         for _ in range(4):
             optimizer.zero_grad()
             loss = loss_of(model, task, objective)
@@ -58,7 +60,9 @@ def test_norms_and_directions(tmp_path: Path, device: torch.device) -> None:
         if previous is not None:
             expected["grad_cos_prev"] = cosine(raw, previous)
         for name, value in expected.items():
-            assert row[name] == pytest.approx(value, rel=2e-5), name
+            sketched = not copies and name in ("update_norm", "step_grad_cos", "grad_cos_prev")
+            error = {"rel": 4.5 / 181} if name == "update_norm" else {"abs": 4.5 / 128}
+            assert row[name] == pytest.approx(value, **(error if sketched else {"rel": 2e-5})), name
         previous = raw
         layers = run.norms[(run.norms["step"] == step) & (run.norms["scope"] == "layer")].set_index("name")
         first = [norm.square() for name, norm in named.items() if name.startswith("model.layers.1.")]
@@ -259,7 +263,8 @@ def test_gradients_thrown_away_before_the_step(tmp_path: Path, device: torch.dev
         optimizer.zero_grad()
         optimizer.step()
     row = lg.load_run(tmp_path / "run").updates.iloc[0]
-    assert row["grad_norm"] > 0
+    assert row["logit_grad_norm"] > 0
+    assert np.isnan(row["grad_norm"])
     assert row["grad_norm_clipped"] == row["update_norm"] == 0
 
 

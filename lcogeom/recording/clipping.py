@@ -1,0 +1,67 @@
+"""The gradient's norm before clipping, from the norm after it: a few entries of each parameter tell what happened.
+
+The optimiser's step is the one moment at which every engine (DDP, FSDP2, loss scalers, accumulation) has the whole
+gradient in place, but by then it may be clipped. So at the end of each backward pass a few entries of every gradient
+are kept; at the step the same entries show by how much it was multiplied since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ENTRIES = 64  # of each parameter
+ELEMENTWISE = 1e-2  # relative distance from one common multiple beyond which it was no scaling; bf16 rounds to 4e-3
+
+
+class ScalingWatch:
+    """What every gradient was multiplied by between the end of the backward pass and the step."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._places: list[int] = []
+        self._entries: Tensor | None = None
+
+    def look(self) -> None:
+        """At the end of a backward pass."""
+        self._places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        self._entries = self._read(self._places)
+
+    def gone(self) -> bool:
+        """Whether a gradient seen at the last look is no longer there."""
+        return any(self._parameters[place].grad is None for place in self._places)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(factor of each parameter's gradient since the last look (P,) float64, whether it was a scaling (); or None.
+
+        Parameters whose entries were all zero, or that had no gradient, are given the factor of all together.
+        """
+        if self._entries is None or self.gone():
+            return None
+        before, after = self._entries, self._read(self._places)
+        along, square = (after * before).sum(1), before.square().sum(1)
+        common = along.sum() / square.sum()
+        own = torch.where(square > 0, along / square, common)
+        missed = (after - own[:, None] * before).norm() / after.norm()
+        plain = ~(missed >= ELEMENTWISE)  # NaN: nothing there, or nothing finite
+        found = common.nan_to_num(nan=1.0).expand(len(self._parameters)).clone()
+        found[self._places] = torch.where((square.sum() == 0) | own.isnan(), torch.ones_like(own), own)
+        self._entries = None
+        return found, plain
+
+    def _read(self, places: Sequence[int]) -> Tensor:
+        """(len(places), ENTRIES) float64, zeros where a gradient has fewer."""
+        rows = torch.zeros(len(places) * ENTRIES, dtype=torch.float64, device=self._parameters[0].device)
+        some: list[Tensor] = []
+        at: list[int] = []
+        for row, place in enumerate(places):
+            gradient = self._parameters[place].grad
+            assert gradient is not None
+            flat = gradient.detach().reshape(-1)
+            some.append(flat[:: max(1, -(-len(flat) // ENTRIES))].to(rows.device))
+            at.extend(range(row * ENTRIES, row * ENTRIES + len(some[-1])))
+        if some:
+            rows[torch.tensor(at, device=rows.device)] = torch.cat(some).double()
+        return rows.view(len(places), ENTRIES)

@@ -1,0 +1,119 @@
+"""What is recorded of the softmax at some tokens, in one pass over their logits that writes nothing of their size.
+
+With top' the largest logit but the action's, w_j = exp(z_j - top') for j != a, and W = sum w, everything follows from
+W, sum w^2 and sum w (z - top'), without cancellation at saturated tokens (method.md, sections 1 and 2.1):
+
+    log odds against a = log W + top' - z_a      log pi = -log(1 + odds)      entropy = H(pi) + (1 - pi) H(w / W)
+    u = e_a - p = (1 - pi) s                     s = e_a - w / W
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcogeom.recording.threads import in_threads
+
+CPU_CHUNK = 24_576  # elements worked on together: 192 KiB in float64, and torch wakes up no second thread for so few
+GPU_CHUNK = 2**23
+LOWEST = -1e4  # exp of it is 0 in float64: logits of -inf count as such, without NaN
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxSums:
+    """Of N tokens, float64, (N,) each."""
+
+    log_odds: Tensor
+    """log((1 - pi) / pi)."""
+    others_entropy: Tensor
+    """Of w / W: the policy given that it does not take a."""
+    others_squares: Tensor
+    """sum (w / W)^2."""
+    seen_along: Tensor | None
+    """<g, s> for the gradients g handed over."""
+    seen_squares: Tensor | None
+    """<g, g>."""
+
+    def logprobs(self) -> Tensor:
+        """log pi."""
+        return -torch.logaddexp(self.log_odds, torch.zeros_like(self.log_odds))
+
+    def complement(self) -> Tensor:
+        """1 - pi."""
+        return torch.sigmoid(self.log_odds)
+
+    def entropy(self) -> Tensor:
+        """Of the policy, in nats."""
+        against = torch.logaddexp(-self.log_odds, torch.zeros_like(self.log_odds))  # -log(1 - pi)
+        binary = self.complement() * against - self.logprobs().exp() * self.logprobs()
+        return binary.where(binary.isfinite(), 0.0 * self.log_odds) + self.complement() * self.others_entropy
+
+    def sum_sq_prob(self) -> Tensor:
+        """sum_j p_j^2."""
+        return self.logprobs().exp().square() + self.complement().square() * self.others_squares
+
+    def direction_norm(self) -> Tensor:
+        """|s|; that of u is `complement` times as large."""
+        return (1 + self.others_squares).sqrt()
+
+
+def softmax_sums(
+    logits: Tensor, actions: Tensor, seen: Tensor | None = None, others: Tensor | None = None
+) -> SoftmaxSums:
+    """The sums of some tokens.
+
+    Args:
+        logits: (N, V), any floating dtype. Rows with NaN or +inf give NaN; -inf stands for a probability of 0.
+        actions: (N,) int64.
+        seen: gradients with respect to the logits, (N, V).
+        others: (N, V), filled with w / W where given: -s, but for its entry 0 at the action.
+    """
+    count, width = logits.shape
+    most = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+    deep = max(1, most // width)
+    columns = [slice(column, min(column + most, width)) for column in range(0, width, most)]
+    sums = torch.zeros(6, count, 1, dtype=torch.float64, device=logits.device)
+    top, total, squares, weighted, along, seen_squares = sums
+    top.fill_(-torch.inf)
+    chosen = logits.gather(1, actions[:, None]).double()
+
+    def work(rows: slice) -> None:
+        for some in columns:
+            z = _without(logits[rows, some].clone(), actions[rows], some, -torch.inf)
+            top[rows] = torch.maximum(top[rows], z.amax(1, keepdim=True).double())
+        for some in columns:
+            z = logits[rows, some].to(torch.float64, copy=True)
+            z = _without(z.sub_(top[rows]).clamp_(min=LOWEST), actions[rows], some, LOWEST)
+            w = z.exp()
+            total[rows] += w.sum(1, keepdim=True)
+            squares[rows] += torch.linalg.vecdot(w, w)[:, None]
+            weighted[rows] += torch.linalg.vecdot(w, z)[:, None]
+            if seen is not None:
+                g = z.copy_(seen[rows, some])
+                along[rows] -= torch.linalg.vecdot(w, g)[:, None]
+                seen_squares[rows] += torch.linalg.vecdot(g, g)[:, None]
+            if others is not None:
+                others[rows, some] = w
+        if others is not None:
+            for some in columns:
+                others[rows, some] /= total[rows]
+
+    in_threads(work, [slice(row, min(row + deep, count)) for row in range(0, count, deep)], logits.device)
+    if seen is not None:
+        along = along / total + seen.gather(1, actions[:, None]).double()
+    return SoftmaxSums(
+        log_odds=(total.log() + top - chosen).squeeze(1),
+        others_entropy=(total.log() - weighted / total).squeeze(1),
+        others_squares=(squares / total.square()).squeeze(1),
+        seen_along=None if seen is None else along.squeeze(1),
+        seen_squares=None if seen is None else seen_squares.squeeze(1),
+    )
+
+
+def _without(z: Tensor, actions: Tensor, columns: slice, value: float) -> Tensor:
+    """z with the value at each row's action, where that is one of these columns; in place."""
+    place = actions - columns.start
+    at = place.clamp(0, z.shape[1] - 1)[:, None]
+    return z.scatter_(1, at, torch.where((at.squeeze(1) == place)[:, None], value, z.gather(1, at)))

@@ -1,0 +1,248 @@
+"""What a step did to the parameters: from copies of them, exactly, or from sketches of them, at no memory to speak of.
+
+Both are told when the step is about to come and when it has come, and answer with 0-d tensors and sketches on the
+parameters' device. Neither waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lcogeom.geometry.sketch import LinearSketch
+from lcogeom.recording.threads import in_threads
+
+SEED = 0  # one for all runs: their sketches are comparable
+PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
+JOBS = 16  # parts of a gradient that threads share out
+
+StoredSketch = tuple[str, str | None, Tensor]
+"""(vector: 'gradient', 'step' or 'weights'; layer, None for the whole; (size,) float32)."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepFound:
+    """What is known of one step."""
+
+    values: dict[str, Tensor]
+    """Columns of `updates`."""
+    squares: dict[tuple[str, str], Tensor]
+    """(scope, name) of each row of `norms` -> squared norm of its part of the step; empty where not known."""
+    sketches: list[StoredSketch]
+
+
+class StepWatch(Protocol):
+    """Told of every step."""
+
+    def before(self) -> dict[str, Tensor]:
+        """The gradient is in place; returns columns of `updates`."""
+
+    def after(self) -> StepFound:
+        """The step has been made."""
+
+
+class CopiedSteps:
+    """Keeps one copy of the parameters and one of their gradient."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], members: dict[tuple[str, str], list[int]], sketch: Sketcher | None
+    ) -> None:
+        self._parameters, self._members, self._sketch = parameters, members, sketch
+        self._copies: list[Tensor] = []
+        self._gradient: list[Tensor | None] = [None] * len(parameters)
+        self._first: list[StoredSketch] = []
+
+    def before(self) -> dict[str, Tensor]:
+        if not self._copies:
+            self._copies = [torch.empty_like(_flat(parameter)) for parameter in self._parameters]
+            self._first = [] if self._sketch is None else self._sketch.store("weights", self._parameters)
+        now, last, along = _Sum(), _Sum(), _Sum()
+        comparable = True  # with the last update: every gradient here was there too
+        for place, parameter in enumerate(self._parameters):
+            self._copies[place].copy_(_flat(parameter))
+            gradient, kept = parameter.grad, self._gradient[place]
+            if gradient is None:
+                self._gradient[place] = None
+                continue
+            if kept is None:
+                kept = self._gradient[place] = torch.zeros_like(_flat(gradient))
+                comparable = False
+            for new, old in _pieces(_flat(gradient), kept):
+                if comparable:
+                    now.add(_square(new))
+                    last.add(_square(old))
+                    along.add(_dot(new, old))
+                old.copy_(new)
+        return {"grad_cos_prev": along.total() / (now.root() * last.root())} if comparable and along.terms else {}
+
+    def after(self) -> StepFound:
+        steps, forces, along = [_Sum() for _ in self._parameters], _Sum(), _Sum()
+        for place, parameter in enumerate(self._parameters):
+            for before, after, force in _pieces(self._copies[place], _flat(parameter), self._gradient[place]):
+                backwards = before.sub_(after)
+                steps[place].add(_square(backwards))
+                if force is not None:
+                    forces.add(_square(force))
+                    along.add(_dot(backwards, force))
+        norm = torch.stack([step.total() for step in steps]).sum().sqrt()
+        values = {"update_norm": norm}
+        if forces.terms:
+            values["step_grad_cos"] = along.total() / (norm * forces.root())
+        squares = {
+            key: torch.stack([steps[place].total() for place in places]).sum() for key, places in self._members.items()
+        }
+        sketches: list[StoredSketch] = []
+        if self._sketch is not None:
+            sketches = self._first + self._sketch.store("gradient", self._gradient)
+            sketches += self._sketch.store("step", self._copies, sign=-1.0)  # they hold theta_old - theta_new now
+            self._first = []
+        return StepFound(values, squares, sketches)
+
+
+class SketchedSteps:
+    """Keeps sketches: of the weights, in float64, whose difference is the step's, and of the gradient."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], members: dict[tuple[str, str], list[int]], sketch: Sketcher
+    ) -> None:
+        self._parameters, self._sketch = parameters, sketch
+        names: list[list[tuple[str, str]]] = [[] for _ in parameters]
+        for key, places in members.items():
+            for place in places:
+                names[place].append(key)
+        cells = defaultdict(list)  # parameters that are always counted together
+        for place, keys in enumerate(names):
+            cells[tuple(keys)].append(place)
+        self._cells = dict(cells)
+        self._weights: Tensor | None = None  # (cells, size) float64
+        self._seen: list[tuple[int, int]] = []
+        self._gradient: Tensor | None = None
+        self._stored: list[StoredSketch] = []
+
+    def before(self) -> dict[str, Tensor]:
+        first = self._weights is None
+        if self._weights is None or self._seen != self._versions():  # someone else has changed the weights
+            self._weights = self._sketch_weights()
+        self._stored = self._sketch.store("gradient", [parameter.grad for parameter in self._parameters])
+        if first:
+            self._stored += self._by_layer("weights", self._weights)
+        last, self._gradient = self._gradient, next(part for _, layer, part in self._stored if layer is None)
+        return {} if last is None else {"grad_cos_prev": _cosine(self._gradient, last)}
+
+    def after(self) -> StepFound:
+        assert self._weights is not None
+        assert self._gradient is not None
+        before, self._weights = self._weights, self._sketch_weights()
+        self._seen = self._versions()
+        step = self._weights - before
+        norms = step.square().sum(1)  # summed over cells, whose errors average out
+        squares: dict[tuple[str, str], Tensor] = {}
+        for row, keys in enumerate(self._cells):
+            for key in keys:
+                squares[key] = squares[key] + norms[row] if key in squares else norms[row]
+        values = {"update_norm": norms.sum().sqrt(), "step_grad_cos": _cosine(step.sum(0), -self._gradient.double())}
+        return StepFound(values, squares, self._stored + self._by_layer("step", step))
+
+    def _sketch_weights(self) -> Tensor:
+        """(cells, size) float64."""
+        return torch.stack(self._sketch.parts(self._parameters, list(self._cells.values()), torch.float64))
+
+    def _by_layer(self, vector: str, cells: Tensor) -> list[StoredSketch]:
+        found: list[StoredSketch] = []
+        if self._sketch.by_layer:
+            layers = [self._sketch.layers[places[0]] for places in self._cells.values()]
+            for layer in dict.fromkeys(layers):
+                rows = [row for row, name in enumerate(layers) if name == layer]
+                found.append((vector, layer, cells[rows].sum(0).float()))
+        return [*found, (vector, None, cells.sum(0).float())]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(parameter._version, parameter.data_ptr()) for parameter in self._parameters]
+
+
+class Sketcher:
+    """Sketches lists of tensors shaped like the parameters (None stands for zeros), whole or by layer too."""
+
+    def __init__(self, parameters: Sequence[Tensor], layers: Sequence[str], size: int, by_layer: bool) -> None:
+        """layers: of each parameter. by_layer: store each layer's sketch too; all of them add up to the whole's."""
+        if size < 2:
+            raise ValueError(f"sketch: {size}; must be at least 2, or 0 for none.")
+        self.layers, self.by_layer = layers, by_layer
+        self._size, self._device = size, parameters[0].device
+        self._starts = [0]
+        for parameter in parameters:
+            self._starts.append(self._starts[-1] + parameter.numel())
+
+    def store(self, vector: str, tensors: Sequence[Tensor | None], sign: float = 1.0) -> list[StoredSketch]:
+        """The sketches of one vector."""
+        if self.by_layer:
+            places = defaultdict(list)
+            for place, layer in enumerate(self.layers):
+                places[layer].append(place)
+            parts = self.parts(tensors, list(places.values()), torch.float32)
+            found: list[StoredSketch] = [
+                (vector, layer, sign * part) for layer, part in zip(places, parts, strict=True)
+            ]
+            return [*found, (vector, None, sign * torch.stack(parts).sum(0))]
+        jobs = [list(range(len(tensors)))[job::JOBS] for job in range(min(JOBS, len(tensors)))]
+        return [(vector, None, sign * torch.stack(self.parts(tensors, jobs, torch.float32)).sum(0))]
+
+    def parts(self, tensors: Sequence[Tensor | None], parts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
+        """The sketch of the tensors at each part's places, (size,) of that dtype."""
+
+        def work(places: list[int]) -> Tensor:
+            total = LinearSketch(self._size, SEED, self._device, dtype)
+            for place in places:
+                tensor = tensors[place]
+                if tensor is not None:
+                    total.add(tensor, self._starts[place])
+            return total.result()
+
+        return in_threads(work, parts, self._device)
+
+
+class _Sum:
+    """A sum of 0-d tensors, kept on their device and added in float64 at the end."""
+
+    def __init__(self) -> None:
+        self.terms: list[Tensor] = []
+
+    def add(self, term: Tensor) -> None:
+        self.terms.append(term)
+
+    def total(self) -> Tensor:
+        return torch.stack(self.terms).double().sum() if self.terms else torch.zeros((), dtype=torch.float64)
+
+    def root(self) -> Tensor:
+        return self.total().sqrt()
+
+
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same stretch of each flat tensor, small enough that what follows finds it in the cache; None stays None."""
+    assert tensors[0] is not None
+    for start in range(0, len(tensors[0]), PIECE):
+        yield tuple(None if tensor is None else tensor[start : start + PIECE] for tensor in tensors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)
+
+
+def _square(tensor: Tensor) -> Tensor:
+    precise = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor.detach(), dtype=precise).square()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    precise = torch.promote_types(a.dtype, torch.float32)
+    return torch.dot(a.to(precise), b.to(precise))
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.double(), b.double()
+    return (a @ b) / (a.norm() * b.norm())

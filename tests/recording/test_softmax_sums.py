@@ -1,0 +1,95 @@
+"""The one pass over the logits against the plain softmax, in high precision where float64 itself cancels."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+
+from lcogeom.recording import softmax_sums as module
+from lcogeom.recording.softmax_sums import softmax_sums
+
+
+def rows(kind: str, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (6, V) and actions."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    z = torch.randn(6, vocabulary, generator=rng, dtype=torch.float64)
+    actions = torch.randint(0, vocabulary, (6,), generator=rng)
+    if kind == "saturated":  # by the action in three rows, by another token in three
+        at = torch.where(torch.arange(6) < 3, actions, (actions + 1) % vocabulary)
+        z[torch.arange(6), at] += torch.tensor([30.0, 100.0, 800.0, 30.0, 100.0, 800.0], dtype=torch.float64)
+    if kind == "tied":
+        z = torch.full_like(z, 3.0)
+    if kind == "masked" and vocabulary > 2:
+        z[:, 1::2] = -torch.inf
+        actions -= actions % 2
+    return z, actions
+
+
+@pytest.mark.parametrize("chunk", [4, 24_576])
+@pytest.mark.parametrize("kind", ["plain", "saturated", "tied", "masked"])
+@pytest.mark.parametrize("vocabulary", [2, 3, 50])
+def test_against_high_precision(
+    kind: str, vocabulary: int, chunk: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(module, "CPU_CHUNK", chunk)
+    z, actions = rows(kind, vocabulary)
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    others = torch.empty(z.shape, device=device, dtype=torch.float64)
+    found = softmax_sums(z.to(device), actions.to(device), g.to(device), others)
+    with mpmath.workdps(400):
+        for row, (logits, a) in enumerate(zip(z.tolist(), actions.tolist(), strict=True)):
+            weights = [mpmath.exp(mpmath.mpf(value)) for value in logits]
+            p = [weight / sum(weights) for weight in weights]
+            rest = sum(weights) - weights[a]
+            s = [-weight / rest for weight in weights]
+            s[a] = mpmath.mpf(1)
+            wanted = {
+                "logprobs": mpmath.log(p[a]),
+                "log_odds": mpmath.log(rest / weights[a]),
+                "complement": rest / sum(weights),
+                "entropy": -sum(x * mpmath.log(x) for x in p if x),
+                "sum_sq_prob": sum(x * x for x in p),
+                "direction_norm": mpmath.sqrt(sum(x * x for x in s)),
+                "seen_along": sum(x * y for x, y in zip(s, g[row].tolist(), strict=True)),
+                "seen_squares": sum(mpmath.mpf(x) ** 2 for x in g[row].tolist()),
+            }
+            for name, value in wanted.items():
+                attribute = getattr(found, name)
+                got = float((attribute() if callable(attribute) else attribute)[row])
+                scale = 1.0 if name == "seen_along" else 0.0
+                assert got == pytest.approx(float(value), rel=1e-13, abs=1e-13 * scale + 1e-300), (name, row)
+            assert others[row].cpu().tolist() == pytest.approx([0.0 if j == a else float(-x) for j, x in enumerate(s)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_logits_are_read_exactly(dtype: torch.dtype, device: torch.device) -> None:
+    z, actions = rows("plain", 50)
+    low = z.to(device, dtype)
+    one, two = softmax_sums(low, actions.to(device)), softmax_sums(low.double(), actions.to(device))
+    assert torch.equal(one.log_odds, two.log_odds)
+    assert torch.equal(one.entropy(), two.entropy())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_rows_are_nan_and_the_others_are_not(value: float, device: torch.device) -> None:
+    z, actions = rows("plain", 50)
+    z[2, (actions[2] + 1) % 50] = value
+    found = softmax_sums(z.to(device), actions.to(device))
+    assert found.logprobs().isnan().tolist() == [False, False, True, False, False, False]
+    assert found.entropy().isnan().tolist() == [False, False, True, False, False, False]
+
+
+def test_threads_change_nothing() -> None:
+    z, actions = rows("plain", 50)
+    many, at = z.repeat(2000, 1), actions.repeat(2000)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(softmax_sums(many, at, many))
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("log_odds", "others_entropy", "seen_along", "seen_squares"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
