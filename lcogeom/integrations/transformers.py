@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
 
 from lcogeom.integrations import trl
 from lcogeom.integrations.methods import ReplacedMethods
@@ -86,7 +85,7 @@ class RecorderCallback(transformers.TrainerCallback):
         self.probe = attach(model, trainer.optimizer, self.run, **options)
         self._methods = ReplacedMethods(trainer)
         listen = trl.labelled if reading is None else reading.listen(trainer, self._methods)
-        self._methods.replace("compute_loss", lambda original: self._telling(original, listen))
+        self._methods.replace("compute_loss", lambda original: self._telling(trainer, reading, original, listen))
         self._methods.replace("log", self._logging)
         self._methods.replace("_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step", self._closing)
 
@@ -117,23 +116,29 @@ class RecorderCallback(transformers.TrainerCallback):
         return found
 
     def _telling(
-        self, original: Callable[..., Any], listen: Callable[[Mapping[str, Any]], trl.Said | None]
+        self,
+        trainer: Any,
+        reading: trl.Reading | None,
+        original: Callable[..., Any],
+        listen: Callable[[Mapping[str, Any]], trl.Said | None],
     ) -> Callable[..., Any]:
         def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             before = dict(inputs)  # compute_loss may take the labels out
             result = original(model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
             if torch.is_grad_enabled() and loss.requires_grad:
-                self._tell(listen(before), loss)
+                divided_by = 1.0 if reading is None else reading.divided_by(trainer)
+                whole = divided_by == 1.0 and _normalised_over_update(trainer, kwargs.get("num_items_in_batch"))
+                self._tell(listen(before), loss=loss, divided_by=divided_by, summed=whole)
             return result
 
         return compute_loss
 
-    def _tell(self, said: trl.Said | None, loss: Tensor) -> None:
+    def _tell(self, said: trl.Said | None, **of_the_loss: Any) -> None:
         if said is None or self.probe is None:
             return
         try:
-            self.probe.batch(**said, loss=loss)
+            self.probe.batch(**said, **of_the_loss)
         except ValueError as error:  # the trainer goes on with such a batch, so must the recorder
             if not self._warned:
                 self._warned = True
@@ -177,6 +182,14 @@ def _plain_objective(trainer: Any) -> Objective | str:
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         return "label smoothing or a loss function of your own"
     return objective("sft")
+
+
+def _normalised_over_update(trainer: Any, num_items: object) -> bool:
+    """Whether compute_loss divides by what the whole update holds, as Trainer.training_step decides it."""
+    said = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if said is not None:
+        return bool(said)
+    return (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
 
 
 def _calling_trainer() -> Any:

@@ -18,7 +18,7 @@ from lcogeom.objectives import ActionObjective, Objective, TokenBatch, objective
 from lcogeom.recording import TapError
 
 VERSION = "1.16"
-Said = dict[str, Tensor]
+Said = dict[str, Any]
 """Arguments of Probe.batch."""
 
 
@@ -32,6 +32,8 @@ class Reading:
     """(trainer) -> what it minimises, or why no objective here is that."""
     listen: Callable[[Any, ReplacedMethods], Callable[[Mapping[str, Any]], Said | None]]
     """(trainer, where to replace its methods) -> a function of compute_loss's inputs, called after it."""
+    divided_by: Callable[[Any], float] = lambda _: 1.0
+    """(trainer) -> what its loss, when compute_loss returns it, is divided by for gradient accumulation."""
 
 
 def reading_of(trainer: object) -> Reading | None:
@@ -166,6 +168,12 @@ def _grpo_objective(trainer: Any) -> Objective | str:
     return found + beta * (_weighted_k3() if args.use_bias_correction_kl else objective("k3"))
 
 
+def _grpo_divisor(trainer: Any) -> float:
+    if trainer.loss_type in ("cispo", "dapo", "vespo"):  # divided by the tokens of the whole update
+        return 1.0
+    return float(trainer.current_gradient_accumulation_steps)
+
+
 def _weighted_k3() -> Objective:
     """The k3 penalty times the ratio, which is differentiated too: TRL's use_bias_correction_kl."""
     k3 = objective("k3")
@@ -200,5 +208,6 @@ READINGS = {
         ),
         _grpo_objective,
         _listen_grpo,
+        _grpo_divisor,
     ),
 }

@@ -81,6 +81,7 @@ class Probe:
         self._candidates: list[Candidates] = []
         self._measured: list[Columns] = []
         self._losses: list[Tensor] = []
+        self._summed = False
         self._mismatches: list[Tensor] = []
         self._sequences = 0
         self._completion_tokens = 0
@@ -104,6 +105,8 @@ class Probe:
         loss: Tensor | float | None = None,
         advantage_ids: Tensor | None = None,
         old_logits: Tensor | None = None,
+        divided_by: float = 1.0,
+        summed: bool = False,
     ) -> None:
         """Say what the next backward pass is about. Optional; before it, once for each forward pass that it covers.
 
@@ -119,6 +122,8 @@ class Probe:
             advantage_ids: (B, T, K) token ids the advantages belong to.
             old_logits: (M, V), the rollout policy's logits of the M completion tokens, in the order of
                 `action_mask.nonzero()`; target objectives need them for their misfit.
+            divided_by: what `loss` has been divided by for gradient accumulation already.
+            summed: the update's loss is the sum of its backward passes' losses, each a part of it, not their mean.
 
         Raises:
             ValueError: a wrong shape, no completion token, a NaN among the completion tokens. Names the argument.
@@ -132,9 +137,10 @@ class Probe:
         }
         self._batches.append(BatchRecord(input_ids, given, old_logits))
         if loss is not None:
-            self._losses.append(torch.as_tensor(loss).detach().mean())
+            self._losses.append(torch.as_tensor(loss).detach().mean() * divided_by)
+            self._summed = summed
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-                loss.register_hook(self._multiplied)
+                loss.register_hook(lambda gradient: self._multiplied(gradient, divided_by))
 
     def flush(self) -> None:
         """Write everything recorded so far to the run folder."""
@@ -165,9 +171,9 @@ class Probe:
     ) -> None:
         self.close()
 
-    def _multiplied(self, gradient: Tensor) -> None:
+    def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
         """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
-        self._factor = gradient.detach().double().reshape(())
+        self._factor = gradient.detach().double().reshape(()) / divided_by
 
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
@@ -315,6 +321,7 @@ class Probe:
                 "sketches": sketches,
                 "measured": self._measured,
                 "losses": self._losses,
+                "summed": self._summed,
                 "mismatches": self._mismatches,
                 "tokens": self._completion_tokens,
             }
@@ -362,7 +369,7 @@ class Probe:
             "step": step,
             "seconds": update["seconds"],
             "objective": None if self._objective is None else self._objective.name,
-            "loss": sum(losses) / len(losses) if losses else None,
+            "loss": sum(losses) / (1 if update["summed"] else len(losses)) if losses else None,
             "tokens": update["tokens"],
             **{name: float(value) for name, value in update["values"].items()},
             **summarise(tokens),

@@ -240,3 +240,58 @@ def test_a_loss_that_no_objective_is(kind: str, options: dict[str, Any], reason:
     found = lg.load_run(tmp_path / "run")
     assert found.updates["objective"].isna().all()
     assert found.tokens["convex"].isna().all()
+
+
+@pytest.mark.filterwarnings("ignore:RecorderCallback. `convex`")
+@pytest.mark.parametrize(
+    ("kind", "options", "divisor"),
+    [
+        ("SFTTrainer", {}, 1),  # divided by the tokens of the whole update: that is its own average
+        ("DPOTrainer", {}, 4),  # the Trainer divides what compute_loss returns
+        ("RLOOTrainer", {"num_generations": 2}, 4),
+        ("GRPOTrainer", {"num_generations": 2, "loss_type": "dapo"}, 1),
+        ("GRPOTrainer", {"num_generations": 2, "loss_type": "grpo"}, 4),  # compute_loss divides
+    ],
+)
+def test_accumulation_is_taken_out(kind: str, options: dict[str, Any], divisor: int, tmp_path: Path) -> None:
+    """d1 is f' of the trainer's loss before it was divided by the number of backward passes."""
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "max_grad_norm": 0.5, **options}
+    trainer, witness, found = record(kind, tmp_path, **options)
+    expected, tokens = witness.table(), found.tokens
+    assert expected["micro"].nunique() == 4 * UPDATES
+    assert tokens["token_id"].tolist() == expected["token_id"].tolist()
+    sure = tokens["prob"] < 0.99
+    assert (expected["d1"][sure] != 0).any()
+    np.testing.assert_allclose(tokens["d1"][sure], divisor * expected["d1"][sure], rtol=5e-3, atol=1e-6)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    np.testing.assert_allclose(found.updates["loss"], [row["loss"] for row in logged], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.updates["grad_norm"], [row["grad_norm"] for row in logged], rtol=1e-3)
+    assert (found.updates["grad_norm_clipped"] < 0.501).all()
+
+
+@pytest.mark.parametrize("divides", [False, True])
+def test_accumulation_in_the_plain_trainer(divides: bool, tmp_path: Path) -> None:
+    """Both of its paths: the model divides by the tokens of the update, or the Trainer by the backward passes."""
+    trainer = plain(tmp_path / "out", 2, gradient_accumulation_steps=4, per_device_train_batch_size=2)
+    if divides:
+        trainer.model_accepts_loss_kwargs = False
+    trainer.add_callback(RecorderCallback(tmp_path / "run", tokens_per_update=1000))
+    run(trainer)
+    found = lg.load_run(tmp_path / "run")
+    tokens = found.tokens
+    assert found.updates["tokens"].tolist() == [18, 18]
+    averaged = tokens.groupby(["step", tokens["sequence"] // 2] if divides else "step")["d1"].transform("size")
+    sure = tokens["prob"] < 0.99
+    np.testing.assert_allclose(tokens["d1"][sure], -1 / averaged[sure], rtol=2e-3)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    np.testing.assert_allclose(found.updates["loss"], [row["loss"] for row in logged], rtol=1e-4)
+    np.testing.assert_allclose(found.updates["grad_norm"], [row["grad_norm"] for row in logged], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["GRPOTrainer", "RLOOTrainer"])
+@pytest.mark.filterwarnings("ignore:RecorderCallback. `convex`")
+def test_temperature_is_the_trainers(kind: str, tmp_path: Path) -> None:
+    _, witness, found = record(kind, tmp_path, temperature=0.7)
+    np.testing.assert_allclose(found.tokens["logprob"], witness.table()["logprob"], atol=2e-5)
+    sure = found.tokens["prob"] < 0.99
+    np.testing.assert_allclose(found.tokens["d1"][sure], witness.table()["d1"][sure], rtol=2e-3, atol=1e-7)
