@@ -15,6 +15,7 @@ from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import output_head
 from lcogeom.recording.probe import Probe
+from lcogeom.recording.ranks import NoWriter, Ranks, ranks_of
 from lcogeom.recording.taps import KINDS, TapError
 from lcogeom.recording.unwrap import require_plain_head, unwrap_model, unwrap_optimizer
 from lcogeom.runs.store import RunWriter
@@ -42,7 +43,9 @@ def attach(
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
-    Use it as a context manager around the loop, or call `close()` at the end.
+    Use it as a context manager around the loop, or call `close()` at the end. Where several processes train
+    (DistributedDataParallel, FSDP2), each of them attaches to the same run folder, and flushes and closes with the
+    others; process 0 writes what all of them saw, and the loss is the mean of theirs.
 
     Args:
         model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
@@ -91,7 +94,9 @@ def attach(
             raise ValueError(f"{name}: {value}; must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
-    model, optimizer = unwrap_model(model), unwrap_optimizer(optimizer)
+    wrapped, model, optimizer = model, unwrap_model(model), unwrap_optimizer(optimizer)
+    ranks = ranks_of(wrapped, model.parameters())
+    ranks.require_for(audit_every, copies)
     head = output_head(model)  # before the folder is made
     if tap != "logits":
         require_plain_head(head.module)
@@ -108,7 +113,7 @@ def attach(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    writer = RunWriter(run, meta)
+    writer = _make_folder(ranks, run, meta)
     try:
         return Probe(
             model=model,
@@ -127,10 +132,26 @@ def attach(
             sketch_layers=sketch_layers,
             copies=copies,
             on_update=on_update,
+            ranks=ranks,
         )
     except (TapError, TypeError, ValueError):
-        shutil.rmtree(writer.path)  # made a moment ago, empty
+        if ranks.rank == 0:
+            shutil.rmtree(writer.path)  # made a moment ago, empty
         raise
+
+
+def _make_folder(ranks: Ranks, run: str | Path, meta: Mapping[str, object]) -> RunWriter | NoWriter:
+    """Process 0 makes it; where that fails, the others are told, and raise too."""
+    if ranks.rank:
+        ranks.require_first(failed=False)
+        return NoWriter(run)
+    failed = True
+    try:
+        writer = RunWriter(run, meta)
+        failed = False
+    finally:
+        ranks.require_first(failed)
+    return writer
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

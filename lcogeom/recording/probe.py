@@ -21,6 +21,8 @@ from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head
+from lcogeom.recording.ranks import NoWriter, Ranks
+from lcogeom.recording.seen import together
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -37,7 +39,7 @@ class Probe:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        writer: RunWriter,
+        writer: RunWriter | NoWriter,
         minimised: Objective | None,
         tap: str,
         temperature: float,
@@ -51,11 +53,13 @@ class Probe:
         sketch_layers: bool,
         copies: bool,
         on_update: Callable[[Mapping[str, object]], None] | None,
+        ranks: Ranks,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
         self._objective = minimised
-        self._budget = tokens_per_update
+        self._ranks = ranks
+        self._budget = max(1, tokens_per_update // ranks.size)
         self._flush_every = flush_every
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
@@ -63,7 +67,7 @@ class Probe:
         self._head = output_head(model)
         self._temperature = temperature
         self._meter = GradientMeter(
-            model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler
+            model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler, ranks=ranks
         )
         self._tap: Tap = tap_model(model, self._head, tap, self._arrived)
         self._audit_every = audit_every
@@ -154,8 +158,14 @@ class Probe:
         while self._pending:
             self._write(self._pending.pop(0))
 
-    def close(self) -> None:
-        """Take every hook off and flush. The model is as it was before `attach`."""
+    def close(self, *, failed: bool = False) -> None:
+        """Take every hook off and flush. The model is as it was before `attach`.
+
+        failed: training raised, perhaps in this process alone: nothing is exchanged with others any more, and of the
+            updates since the last flush only process 0's tokens are written.
+        """
+        if failed:
+            self._ranks = replace(self._ranks, size=1)
         self._tap.remove()
         if self._auditor is not None:
             self._auditor.remove()
@@ -169,7 +179,7 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
         """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
@@ -217,7 +227,7 @@ class Probe:
             position=place - first[sequence],
             actions=actions,
             weight=weight,
-            factor=factor.to(weight.device).expand(len(rows)),
+            factor=(factor * self._ranks.size).to(weight.device).expand(len(rows)),  # the step is made of their mean
             batch=None if batch is None else batch.rows(sequence, place, rows, actions),
         )
         self._sequences += ids.shape[0]
@@ -287,12 +297,13 @@ class Probe:
     def _before_step(self) -> None:
         if not self._backwards:
             raise TapError(silence(self._tap))
+        head = self._head.gathered() if self._tap.kind in ("auto", "hidden") else self._head
         if self._candidates:
             kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(self._candidates, kept, strict=True):
                 if len(rows):
                     part = replace(some[rows], weight=some.weight[rows] * growth)
-                    self._measured.append(measure(part, self._objective, self._head, self._temperature))
+                    self._measured.append(measure(part, self._objective, head, self._temperature))
         elif self._measured:
             kept = choose([_size(columns) for columns in self._measured], self._budget, self._rng)
             self._measured = [
@@ -324,6 +335,7 @@ class Probe:
                 "summed": self._summed,
                 "mismatches": self._mismatches,
                 "tokens": self._completion_tokens,
+                "sequences": self._sequences,
             }
         )
         self._measured, self._losses, self._mismatches = [], [], []
@@ -331,20 +343,21 @@ class Probe:
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
         self._unwritten += 1
-        if self._unwritten >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        late = self._ranks.size == 1 and time.monotonic() - self._flushed > FLUSH_SECONDS  # clocks differ
+        if self._unwritten >= self._flush_every or late:
             self.flush()
 
     def _write(self, update: Mapping[str, Any]) -> None:
         """One update's rows. The only place that waits for the device."""
-        if any(bool(mismatch) for mismatch in update["mismatches"]):
+        step = update["step"]
+        seen = together(self._ranks, update)
+        if seen.mismatch:
             warnings.warn(
-                f"update {update['step']}: batch() was given other input_ids than the model saw; advantages and old "
+                f"update {step}: batch() was given other input_ids than the model saw; advantages and old "
                 "log-probabilities of this update belong to other tokens",
                 stacklevel=2,
             )
-        step = update["step"]
-        parts = update["measured"]
-        tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]} if parts else {}
+        tokens = seen.tokens
         if tokens:
             if tokens.pop("contradicts").any():
                 self._warn(
@@ -364,13 +377,12 @@ class Probe:
         for vector, layer, values in update["sketches"]:
             content = values.cpu().numpy().astype("<f4").tobytes()
             self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
-        losses = [float(loss) for loss in update["losses"]]
         row: dict[str, object] = {
             "step": step,
             "seconds": update["seconds"],
             "objective": None if self._objective is None else self._objective.name,
-            "loss": sum(losses) / (1 if update["summed"] else len(losses)) if losses else None,
-            "tokens": update["tokens"],
+            "loss": seen.loss,
+            "tokens": seen.count,
             **{name: float(value) for name, value in update["values"].items()},
             **summarise(tokens),
         }

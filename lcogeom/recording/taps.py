@@ -210,7 +210,7 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 def _check_head(head: OutputHead, hidden: Tensor, logits: Tensor) -> None:
     """Once per attach: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
     with torch.no_grad():
-        found = head.logits(hidden[:, -1]).double()
+        found = head.gathered().logits(hidden[:, -1]).double()
         wanted = logits[:, -1].double()
         scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
         gap = float((found - wanted).abs().max() / scale)
