@@ -243,9 +243,10 @@ class Probe:
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
-                    int(self._head.module.weight.shape[0]),  # type: ignore[index]
-                    None if entropy is None else entropy[sequence, at],
-                    None if squares is None else squares[sequence, at].double().exp(),
+                    vocabulary=int(self._head.module.weight.shape[0]),  # type: ignore[index]
+                    entropy=None if entropy is None else entropy[sequence, at],
+                    sum_sq_prob=None if squares is None else squares[sequence, at].double().exp(),
+                    temperature=self._temperature,
                 )
             )
 
@@ -371,6 +372,12 @@ class Probe:
                 )
             ids = tokens["token_id"].tolist()
             self._writer.add("tokens", {**tokens, "text": [self._text(i) for i in ids], "step": [step] * len(ids)})
+        before, clipped = (update["values"].get(name) for name in ("grad_norm", "grad_norm_clipped"))
+        if before is not None and bool(before.isnan()) and bool(clipped.isfinite()):
+            self._warn(
+                f"update {step}: `grad_norm` stays empty, because the gradient was changed entry by entry between the "
+                "backward pass and the step (clip_grad_value_?); `grad_norm_clipped` is what the optimiser got."
+            )
         norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
         norms["step"] = [step] * len(norms["name"])
         self._writer.add("norms", norms)

@@ -137,9 +137,11 @@ def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None
 def measure_logprobs(
     some: Candidates,
     objective: Objective | None,
+    *,
     vocabulary: int,
     entropy: Tensor | None,
     sum_sq_prob: Tensor | None,
+    temperature: float,
 ) -> Columns:
     """The same from log-probabilities l (M,) and d loss / d l: f' is seen itself, for the price of nothing.
 
@@ -156,7 +158,7 @@ def measure_logprobs(
     misfit = torch.zeros_like(unknown)  # a loss of these log-probabilities is one by construction
     d2, negatives, contradicts = _action_curvature(some, objective, odds, (d1, misfit), vocabulary)
     return _columns(some, logprobs, unknown if entropy is None else entropy.double(), squares) | {
-        "logit_grad_norm": d1.abs() * (1 - 2 * logprobs.exp() + squares).clamp(min=0).sqrt(),
+        "logit_grad_norm": d1.abs() / temperature * (1 - 2 * logprobs.exp() + squares).clamp(min=0).sqrt(),
         "d1": d1,
         "d2": d2,
         "misfit": unknown,
