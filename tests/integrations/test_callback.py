@@ -46,6 +46,14 @@ def test_nothing_is_left_behind(kind: str, tmp_path: Path) -> None:
     assert replaced(trainer) == before
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_line_in_the_readme(kind: str, tmp_path: Path) -> None:
+    run(MAKERS[kind](tmp_path / "out", 1, callbacks=[RecorderCallback(tmp_path / "run", objective=None)]))
+    found = lg.load_run(tmp_path / "run")
+    assert found.updates["tokens"].item() == len(found.tokens) > 5
+    assert found.tokens["text"].notna().all()
+
+
 def test_training_that_raises(tmp_path: Path) -> None:
     """The Trainer calls no callback then; everything comes off all the same, and what was recorded is there."""
     trainer = plain(tmp_path / "out", 5)

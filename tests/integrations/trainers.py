@@ -47,6 +47,7 @@ def plain(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **
     rows = [loaded.tokenizer(p + a + "\n", return_token_type_ids=False) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     for row, prompt in zip(rows, PROMPTS, strict=True):
         row["labels"] = [-100] * len(prompt) + row["input_ids"][len(prompt) :]
+    callbacks = options.pop("callbacks", None)
     args = transformers.TrainingArguments(output_dir=str(folder), max_steps=updates, **settings(options))
     return transformers.Trainer(
         model=loaded.model,
@@ -54,18 +55,21 @@ def plain(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **
         train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
         data_collator=transformers.DataCollatorForSeq2Seq(loaded.tokenizer),
         processing_class=loaded.tokenizer,
+        callbacks=callbacks,
     )
 
 
 def sft(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **options: Any) -> transformers.Trainer:
     loaded = tiny(adapter)
     rows = [{"prompt": p, "completion": a + "\n"} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    callbacks = options.pop("callbacks", None)
     args = trl.SFTConfig(output_dir=str(folder), max_steps=updates, **settings(options))
     return trl.SFTTrainer(
         model=loaded.model,
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
+        callbacks=callbacks,
     )
 
 
@@ -75,12 +79,14 @@ def dpo(folder: Path, updates: int, adapter: peft.LoraConfig | None = None, **op
         {"prompt": p, "chosen": a + "\n", "rejected": "99" + a[::-1] + "\n"}
         for p, a in zip(PROMPTS, ANSWERS, strict=True)
     ]
+    callbacks = options.pop("callbacks", None)
     args = trl.DPOConfig(output_dir=str(folder), max_steps=updates, **settings(options))
     return trl.DPOTrainer(
         model=loaded.model,
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
+        callbacks=callbacks,
     )
 
 
@@ -97,6 +103,7 @@ def _sampled(
 ) -> transformers.Trainer:
     trainer, config = kinds
     loaded = tiny(adapter)
+    callbacks = options.pop("callbacks", None)
     defaults = {"num_generations": 4, "max_completion_length": 5}
     args = config(output_dir=str(folder), max_steps=updates, **settings(defaults | options))
     return trainer(  # type: ignore[no-any-return]
@@ -105,6 +112,7 @@ def _sampled(
         args=args,
         train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=loaded.tokenizer,
+        callbacks=callbacks,
     )
 
 

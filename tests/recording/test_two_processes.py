@@ -81,3 +81,12 @@ def test_two_processes_record_what_one_does(how: str, name: str, tap: str, backw
     for vector in ("gradients", "steps", "weights"):
         a, b = (np.asarray(getattr(found, vector)) for found in sketches)
         assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(b), vector
+
+    if how == "ddp":
+        assert "FileExistsError: run:" in (tmp_path / "taken-0").read_text()
+        assert "RuntimeError: run: process 0 could not" in (tmp_path / "taken-1").read_text()
+        broken = lg.load_run(tmp_path / "broken")
+        assert broken.updates["step"].tolist() == list(range(half.UPDATES))
+        seen = broken.tokens.groupby("step").size().tolist()
+        assert seen[:2] == one.updates["tokens"].tolist()[:2]
+        assert 0 < seen[2] < seen[1]  # what process 0 had seen since the last flush

@@ -111,6 +111,24 @@ def main(folder: Path, how: str, name: str, tap: str, accumulate: bool) -> None:
         ends.append([(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in tensors])
     same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     (folder / f"identical-{rank}").write_text(str(same))
+    if how == "ddp":
+        manners(folder, trained, optimizer, mine, defer)
+
+
+def manners(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tasks: list[Task], defer: Any
+) -> None:
+    """A run folder that is taken is an error in both; a loop that raises does not wait for the other process."""
+    try:
+        lg.attach(model, optimizer, folder / "run")
+    except (FileExistsError, RuntimeError) as error:
+        (folder / f"taken-{dist.get_rank()}").write_text(f"{type(error).__name__}: {error}")
+    try:
+        with lg.attach(model, optimizer, folder / "broken", **options("auto")) as probe:
+            updates(model, optimizer, tasks, probe, defer)
+            raise OverflowError("the user's own")
+    except OverflowError:
+        pass
 
 
 if __name__ == "__main__":
