@@ -45,6 +45,7 @@ benchmark: install
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/logit_hessian.py
 	OMP_NUM_THREADS=1 $(BIN)/python analysis/benchmarks/hvp.py
 	$(BIN)/python analysis/benchmarks/sketch_error.py
+	$(BIN)/python analysis/benchmarks/overhead.py
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
-from lcogeom.geometry.softmax import token_distribution
 from lcogeom.objectives import ActionObjective, Objective, TokenBatch
 from lcogeom.recording.candidates import Candidates, Rows
 from lcogeom.recording.head import OutputHead
@@ -106,10 +105,10 @@ def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None
     assert isinstance(some.gradients, Tensor)
     logits = some.values if head is None else head.logits(some.values)
     cooled = _cooled(logits, temperature)
-    distribution = token_distribution(cooled, some.actions)
+    sums = softmax_sums(cooled, some.actions)
     expected = _where_finite(cooled, some.batch, objective.gradient)
     seen = some.gradients.double()
-    unknown = torch.full_like(distribution.logprobs, math.nan)
+    unknown = torch.full_like(sums.log_odds, math.nan)
     misfit, norm = unknown, unknown
     if expected is not None:
         length = expected.norm(dim=1)
@@ -123,7 +122,7 @@ def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None
         norm = seen.norm(dim=1)
     counts = _where_finite(cooled, some.batch, lambda z, b: objective.hessian(z, b).negative_count()[:, None].double())
     negatives = unknown if counts is None else counts[:, 0]
-    return _columns(some, distribution.logprobs, distribution.entropy(), distribution.sum_sq_prob()) | {
+    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob()) | {
         "logit_grad_norm": norm / some.factor,
         "d1": unknown,
         "d2": unknown,

@@ -58,3 +58,15 @@ def test_sketch_error(tmp_path: Path) -> None:
     assert -1.00001 < low < -0.5 < 0.5 < high < 1.00001
     assert error["directions"]["SFT, PPO unclipped with A > 0"][0] > 0.9  # ratios are still near 1
     assert str(Path.home()) not in out.read_text()
+
+
+def test_overhead(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "overhead.py"), "--models", "tiny", "--pairs", "2", "--out", str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(out.read_text())["rows"]:
+        assert len(row["with"]) == len(row["without"]) == 2
+        assert min(row["memory"]) > 100
