@@ -19,8 +19,10 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 KEYS = ["step", "token_id", "position", "advantage", "logprob"]
 
 
-def in_two_processes(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "tests.recording.two_processes", str(folder), *arguments]
+def in_two_processes(folder: Path, cases: list[str]) -> None:
+    for case in cases:
+        (folder / case).mkdir()
+    command = [sys.executable, "-m", "tests.recording.two_processes", str(folder), *cases]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     running = [
@@ -33,22 +35,39 @@ def in_two_processes(folder: Path, *arguments: str) -> None:
 
 
 CASES = [
-    ("ddp", "llama", "auto", "accumulate"),
-    ("fsdp2", "gpt-neox", "hidden", "accumulate"),  # query, key and value interleaved in one sharded matrix
+    "ddp_llama_auto_accumulate",
+    "fsdp2_gpt-neox_hidden_accumulate",  # query, key and value interleaved in one sharded matrix
 ]
 SLOW = [
-    ("ddp", "gpt2", "hidden", "once"),
-    ("fsdp2", "llama", "auto", "once"),
-    ("fsdp2", "gpt2", "hidden", "once"),
-    ("fsdp2", "llama-gqa-tied", "hidden", "once"),
+    "ddp_gpt2_hidden_once",
+    "fsdp2_llama_auto_once",
+    "fsdp2_gpt2_hidden_once",
+    "fsdp2_llama-gqa-tied_hidden_once",
 ]
-ALL = [pytest.param(*case, id="-".join(case)) for case in CASES]
-ALL += [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.mark.parametrize(("how", "name", "tap", "backwards"), ALL)
-def test_two_processes_record_what_one_does(how: str, name: str, tap: str, backwards: str, tmp_path: Path) -> None:
-    in_two_processes(tmp_path, how, name, tap, backwards)
+@pytest.fixture(scope="module")
+def default_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All in one pair of processes, whose imports take longer than the cases."""
+    folder = tmp_path_factory.mktemp("two")
+    in_two_processes(folder, CASES)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_record_what_one_does(case: str, default_cases: Path) -> None:
+    compare(case, default_cases / case)
+
+
+@pytest.mark.slow
+def test_other_models_and_taps(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, SLOW)
+    for case in SLOW:
+        compare(case, tmp_path / case)
+
+
+def compare(case: str, tmp_path: Path) -> None:
+    how, name, tap, backwards = case.split("_")
     model, tasks = half.model_and_tasks(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with lg.attach(model, optimizer, tmp_path / "one", **half.options(tap)) as probe:

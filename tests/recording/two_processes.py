@@ -1,4 +1,4 @@
-"""One process's half of a training loop that two share: python -m tests.recording.two_processes FOLDER HOW ..."""
+"""One process's half of training loops that two share: python -m tests.recording.two_processes FOLDER CASE ..."""
 
 from __future__ import annotations
 
@@ -132,8 +132,9 @@ def manners(
 
 
 if __name__ == "__main__":
-    dist.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[1]}/meet", rank=int(os.environ["RANK"]), world_size=2
-    )
-    main(Path(sys.argv[1]), *sys.argv[2:5], accumulate=sys.argv[5] == "accumulate")
+    meeting = f"file://{sys.argv[1]}/meet"
+    dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=2)
+    for case in sys.argv[2:]:
+        how, name, tap, backwards = case.split("_")
+        main(Path(sys.argv[1]) / case, how, name, tap, accumulate=backwards == "accumulate")
     dist.destroy_process_group()
