@@ -93,13 +93,13 @@ class RecorderCallback(transformers.TrainerCallback):
         """Take everything off."""
         self._close()
 
-    def _close(self) -> None:
+    def _close(self, failed: bool = False) -> None:
         methods, self._methods = self._methods, None
         probe, self.probe = self.probe, None
         if methods is not None:
             methods.restore()
         if probe is not None:
-            probe.close()
+            probe.close(failed=failed)
 
     def _objective(self, trainer: Any, reading: trl.Reading | None) -> str | Objective | None:
         if self.objective != "trainer":
@@ -169,7 +169,7 @@ class RecorderCallback(transformers.TrainerCallback):
             try:
                 return original(*args, **kwargs)
             except BaseException:
-                self._close()
+                self._close(failed=True)
                 raise
 
         return run

@@ -19,6 +19,7 @@ from lcogeom.integrations.trl import reading_of
 from tests.integrations.trainers import HEAD_TOO, LORA, MAKERS, plain, run
 
 UPDATES = 4
+pytestmark = pytest.mark.filterwarnings("error:update")  # the recorder's own
 
 
 @dataclass
@@ -80,7 +81,7 @@ def record(
 
 
 @pytest.mark.filterwarnings("ignore:RecorderCallback. `convex`")
-@pytest.mark.parametrize("setting", ["float32", "lora", "lora and head"])
+@pytest.mark.parametrize("setting", ["float32", pytest.param("lora", marks=pytest.mark.slow), "lora and head"])
 @pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer", "RLOOTrainer", "GRPOTrainer"])
 def test_tokens_of_trl(kind: str, setting: str, tmp_path: Path) -> None:
     adapter = {"float32": None, "lora": LORA, "lora and head": HEAD_TOO}[setting]
