@@ -1,8 +1,8 @@
 """A process that imports everything once, and forks a real recording loop for every line it reads: to be killed.
 
-Line: folder, log, resume (true, or the number of the next update), first loss, flush_every.
+Line: json of loop's arguments but the model; `resume` is true, or the number of the next update.
 The loop appends the number of each update to `log` when its step has returned: by then its flush was made, if one was
-due. The loss told to the recorder is `first loss` + the update's number, so that its rows tell who wrote them.
+due. The loss told to the recorder is `loss` + the update's number, so that its rows tell who wrote them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import os
 import sys
 
 import torch
+import transformers
 
 import lcogeom as lg
 from tests.small_models import build, make_task, tell
 
 
-def loop(folder: str, log: str, resume: bool | int, loss: float, flush_every: int) -> None:
-    model = build("llama", torch.device("cpu"))
+def loop(
+    model: transformers.PreTrainedModel, folder: str, log: str, *, resume: bool | int, loss: float, flush_every: int
+) -> None:
     task = make_task(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     lines = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -37,12 +39,13 @@ def loop(folder: str, log: str, resume: bool | int, loss: float, flush_every: in
 
 
 def main() -> None:
+    model = build("llama", torch.device("cpu"))  # its imports take seconds; no backward pass before a fork
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             try:
-                loop(*json.loads(line))
+                loop(model, **json.loads(line))
             finally:
                 os._exit(1)  # not reached: it is killed
         print(child, flush=True)

@@ -173,6 +173,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert lg.load_run(tmp_path / "run").updates["step"].tolist() == [0, 1]
+    assert len(list((tmp_path / "run").rglob("*.parquet"))) == 4  # small ones did fit: they are taken back, for room
     writer.close()
     run = lg.load_run(tmp_path / "run")
     assert run.updates["step"].tolist() == list(range(6))

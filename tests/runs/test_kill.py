@@ -24,7 +24,7 @@ Record = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def record() -> Iterator[Record]:
-    """Record in a process of its own, killed after some time; returns its log, line by line."""
+    """Record in a process of its own, killed some time after so many lines of its log; returns those lines."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.runs.recording_loop"],
         stdin=subprocess.PIPE,
@@ -36,12 +36,12 @@ def record() -> Iterator[Record]:
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
 
-    def run(folder: Path, log: Path, *rest: object, delay: float, after: str) -> list[str]:
-        server.stdin.write(json.dumps([str(folder), str(log), *rest]) + "\n")
+    def run(folder: Path, log: Path, *, lines: int, delay: float, **how: object) -> list[str]:
+        server.stdin.write(json.dumps({"folder": str(folder), "log": str(log), **how}) + "\n")
         server.stdin.flush()
         child = int(server.stdout.readline())
         deadline = time.monotonic() + 60
-        while after == "first update" and (not log.exists() or log.read_text().count("\n") < 2):
+        while lines and (not log.exists() or log.read_text().count("\n") < lines):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(delay)
@@ -50,8 +50,8 @@ def record() -> Iterator[Record]:
         return log.read_text().split("\n")[:-1] if log.exists() else []
 
     yield run
-    server.stdin.close()
-    server.wait()
+    server.kill()
+    server.communicate()
 
 
 def kill_and_go_on(folder: Path, record: Record, kills: int, draw: random.Random, seen: Counter[str]) -> None:
@@ -60,12 +60,11 @@ def kill_and_go_on(folder: Path, record: Record, kills: int, draw: random.Random
     for life in range(kills):
         flush_every = draw.choice([1, 2, 5])
         resume = draw.randrange(len(losses) + 1) if losses and draw.random() < 0.4 else True
-        after = "first update" if draw.random() < 0.8 else "fork"
-        delay = draw.uniform(0.0, 0.3)
-        lines = record(
-            folder, folder.parent / f"{folder.name}.{life}.log", resume, 1000.0 * life, flush_every,
-            delay=delay, after=after,
-        )  # fmt: skip
+        wait = draw.choice([0, 2, 3, 5, 8, 12])
+        delay = draw.uniform(0.0, 0.1 if wait else 0.3)
+        log = folder.parent / f"{folder.name}.{life}.log"
+        how = {"resume": resume, "loss": 1000.0 * life, "flush_every": flush_every}
+        lines = record(folder, log, lines=wait, delay=delay, **how)
         seen["kills"] += 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -71,7 +71,7 @@ def test_from_an_older_checkpoint(tmp_path: Path) -> None:
 def test_superseded_and_then_damaged(tmp_path: Path) -> None:
     """A part tells by its name what it supersedes: its damage brings no old row back, and old damage is no news."""
     path = write(tmp_path / "run", 6)
-    go_on(path, 2, 2, loss=100)
+    assert go_on(path, 2, 2, loss=100).seconds == 4.0
     old = part_file(path, "updates", 2)  # updates 4 and 5 of the first time
     old.write_bytes(b"")
     assert losses(path) == [0, 1, 102, 103]

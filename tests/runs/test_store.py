@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import lcogeom as lg
-from lcogeom.runs import COLLECTION, COLUMNS, RunWriter, create_folder
+from lcogeom.runs import COLLECTION, COLUMNS, TABLES, RunWriter, create_folder
 from lcogeom.runs.columns import schema
 from tests.runs.folders import add, part_file, write
 
@@ -67,6 +68,23 @@ def test_a_flush_cut_short(tmp_path: Path) -> None:
     run = lg.load_run(path)
     assert run.updates["step"].tolist() == [0, 1, 2, 3]
     assert sorted(run.tokens["step"].unique()) == [0, 1, 2, 3]
+
+
+def test_a_part_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many parts are there at each sync, of a file under another name, then of the folder with its new name."""
+    writer = RunWriter(tmp_path / "run", {})
+    there = []
+    sync = os.fsync
+
+    def watch(handle: int) -> None:
+        sync(handle)
+        there.append([len(list((tmp_path / "run" / table).glob("part-*"))) for table in TABLES])
+
+    monkeypatch.setattr(os, "fsync", watch)
+    add(writer, range(2))
+    assert [sum(counts) for counts in there] == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert [counts[TABLES.index("updates")] for counts in there] == [0] * 7 + [1]
+    writer.close()
 
 
 def test_rows_flushed_twice_are_read_once(tmp_path: Path) -> None:
