@@ -22,7 +22,7 @@ from lcogeom.recording.black_box import BlackBox
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head, vocabulary_size
-from lcogeom.recording.passes import model_parts
+from lcogeom.recording.passes import ModelParts
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -77,7 +77,7 @@ class Probe:
         self._black_box = None
         if black_box:
             self._black_box = BlackBox(
-                parts=model_parts(model, temperature, whole=tap == "logits"),
+                parts=ModelParts(model, self._head, temperature),
                 optimizer=optimizer,
                 tap=self._tap,
                 objective=minimised,
@@ -185,10 +185,10 @@ class Probe:
             handle.remove()
         try:
             self.flush()
-            if self._black_box is not None:
-                self._black_box.remove()
         finally:
             self._writer.close()
+            if self._black_box is not None:
+                self._black_box.remove()
 
     def __enter__(self) -> Probe:
         return self
