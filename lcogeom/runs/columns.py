@@ -55,7 +55,8 @@ COLUMNS: list[Column] = [
         "float64",
         "loss / weight",
         "unweighted mean of the Frobenius norms of all query, key and value projection gradients, before clipping; "
-        "fused projections are split (arXiv 2603.00963's measure, systems.md 1.4)",
+        "fused projections are split, those of latent attention lead from the latents (arXiv 2603.00963's measure, "
+        "systems.md 1.4)",
     ),
     Column(
         "updates",
