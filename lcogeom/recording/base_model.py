@@ -109,7 +109,7 @@ class LastHidden:
         """Once: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
         self._checked = True
         gap = head_gap(self._head, hidden.detach(), logits)
-        tolerance = HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
+        tolerance = _tolerance(logits)
         if not gap > tolerance:  # NaN: the logits are not finite, and say nothing
             self._head_handle.remove()
             return
@@ -142,12 +142,19 @@ def head_gap(head: OutputHead, hidden: Tensor, logits: Tensor) -> float:
     if hidden.ndim != 3 or hidden.shape[-1] != head.module.weight.shape[1]:  # type: ignore[index]
         return math.inf
     with torch.no_grad():
-        found, wanted = head.logits(hidden[:, -1]).double(), logits[:, -1].double()
+        found, wanted = head.gathered().logits(hidden[:, -1]).double(), logits[:, -1].double()
         if found.shape != wanted.shape:
             return math.inf
         scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
         gap = (found - wanted).abs().max() / scale
         return float(torch.where(torch.isfinite(wanted).all(), gap, math.nan))
+
+
+def _tolerance(logits: Tensor) -> float:
+    """By the precision that the logits were computed in: Accelerate hands out autocast's as float32."""
+    if any(torch.equal(logits, logits.to(low).to(logits.dtype)) for low in (torch.bfloat16, torch.float16)):
+        return HEAD_TOLERANCE_LOW
+    return HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
 
 
 def input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

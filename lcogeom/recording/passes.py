@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcogeom.recording.base_model import hidden_modules
+from lcogeom.recording.base_model import hidden_modules, input_ids
 from lcogeom.recording.batch import BatchRecord
-from lcogeom.recording.head import OutputHead, output_head
+from lcogeom.recording.head import OutputHead
 
 LARGE_BYTES = 2**24  # a (B, 1, T, T) mask or the old logits of a large vocabulary: a window of them would fill memory
 OPEN = 64  # forward passes whose backward pass has not come; those of an evaluation never do
@@ -27,10 +27,8 @@ class ModelParts:
     """A causal LM and how it is called."""
 
     model: torch.nn.Module
-    base: torch.nn.Module | None
-    """Whose calls are recorded, because a fused loss may call nothing else; None: the model's own."""
     head: OutputHead | None
-    """From the base's hidden states to the logits; there whenever `base` is."""
+    """From its hidden states to the logits; None where there are several."""
     temperature: float
     """Logits are divided by it before the softmax."""
 
@@ -44,7 +42,7 @@ class ForwardPass:
     """One call of the model and what batch() said of it."""
 
     module: str
-    """Whose forward was called: 'base' (then `head` makes the logits) or 'model'."""
+    """Whose forward was called, by its name in the model: "" is the model, another makes hidden states for `head`."""
     inputs: dict[str, Tensor]
     options: dict[str, Any]
     """Arguments that are no tensors."""
@@ -62,23 +60,28 @@ class ForwardPass:
 
 
 class PassWatcher:
-    """Keeps every forward pass with gradients until its backward pass comes. No device sync."""
+    """Keeps every forward pass with gradients until its backward pass comes. No device sync.
+
+    Kept are the arguments of the model; where it returns no logits, or a fused loss calls only what makes the hidden
+    states, the arguments of that module.
+    """
 
     def __init__(self, parts: ModelParts, paused: Callable[[], bool]) -> None:
         model = self._model = parts.model
         self._device, self._paused = parts.device.type, paused
-        self._watched = model if parts.base is None else parts.base
-        self._module = "model" if parts.base is None else "base"
-        self._names = list(inspect.signature(self._watched.forward).parameters)
+        names = {id(module): name for name, module in model.named_modules()}
+        inner = [module for module in hidden_modules(model) if id(module) in names]
+        self._names = {id(module): names[id(module)] for module in [model, *inner]}
+        self._arguments = {id(m): list(inspect.signature(m.forward).parameters) for m in [model, *inner]}
         self._open: deque[ForwardPass] = deque(maxlen=OPEN)
-        self._latest: ForwardPass | None = None
-        self._labels: Tensor | None = None
+        self._outer: ForwardPass | None = None
+        self._inner: ForwardPass | None = None
+        self._alone: torch.nn.Module | None = None  # what a fused loss calls; modules within it are not passes
         disable = torch.compiler.disable  # they read the generators, which a graph cannot hold
-        self._handles = [
-            model.register_forward_pre_hook(disable(self._entered), with_kwargs=True),
-            self._watched.register_forward_pre_hook(disable(self._called), with_kwargs=True),
-            model.register_forward_hook(disable(self._left)),
-        ]
+        entered, called, left = disable(self._entered), disable(self._called), disable(self._left)
+        self._handles = [model.register_forward_pre_hook(entered, with_kwargs=True)]
+        self._handles += [module.register_forward_pre_hook(called, with_kwargs=True) for module in inner]
+        self._handles.append(model.register_forward_hook(left))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -99,27 +102,37 @@ class PassWatcher:
         found.seen = None
         return found
 
-    def _entered(self, _: object, __: object, kwargs: dict[str, Any]) -> None:
-        self._latest = None
-        self._labels = kwargs.get("labels")
+    def _entered(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer = self._inner = None
+        if torch.is_grad_enabled() and not self._paused():
+            self._outer = self._record(model, args, kwargs)
 
-    def _left(self, _: object, __: object, output: Any) -> None:
-        """The model's own loss and the labels that it was made from."""
-        one, labels = self._latest, self._labels
-        self._latest = self._labels = None
-        loss = getattr(output, "loss", None)
-        if one is None or not isinstance(labels, Tensor) or not isinstance(loss, Tensor) or loss.ndim:
-            return
-        keep("labels", labels, one.inputs, one.left_out)
-        one.loss = loss.detach()
-
-    def _called(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or self._paused():
             return
+        if self._outer is not None:
+            self._inner = self._inner or self._record(module, args, kwargs)
+        elif self._alone is None or self._alone is module:
+            self._alone = module
+            self._open.append(self._record(module, args, kwargs))
+
+    def _left(self, _: object, __: object, output: Any) -> None:
+        outer, inner = self._outer, self._inner
+        self._outer = self._inner = None
+        if outer is None:
+            return
+        one = outer if inner is None or isinstance(getattr(output, "logits", None), Tensor) else inner
+        one.seen, one.rng = outer.seen, outer.rng
+        labels, loss = outer.inputs.get("labels"), getattr(output, "loss", None)
+        if labels is not None and isinstance(loss, Tensor) and not loss.ndim:
+            one.inputs["labels"], one.loss = labels, loss.detach()
+        self._open.append(one)
+
+    def _record(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPass:
         inputs: dict[str, Tensor] = {}
         options: dict[str, Any] = {}
         left_out: dict[str, str] = {}
-        for name, value in [*zip(self._names, args, strict=False), *kwargs.items()]:
+        for name, value in [*zip(self._arguments[id(module)], args, strict=False), *kwargs.items()]:
             if isinstance(value, Tensor):
                 keep(name, value, inputs, left_out)
             elif isinstance(value, PLAIN):
@@ -127,9 +140,8 @@ class PassWatcher:
             else:
                 left_out[name] = f"a {type(value).__name__}"
         on = torch.is_autocast_enabled(self._device)
-        seen = kwargs.get("input_ids", args[0] if args else None)
-        self._latest = ForwardPass(
-            module=self._module,
+        return ForwardPass(
+            module=self._names[id(module)],
             inputs=inputs,
             options=options,
             left_out=left_out,
@@ -137,16 +149,8 @@ class PassWatcher:
             other_mode=tuple(n for n, m in self._model.named_modules() if m.training != self._model.training),
             autocast=torch.get_autocast_dtype(self._device) if on else None,
             rng=random_states(self._device),
-            seen=seen if isinstance(seen, Tensor) else None,
+            seen=input_ids(args, kwargs),
         )
-        self._open.append(self._latest)
-
-
-def model_parts(model: torch.nn.Module, temperature: float, *, whole: bool = False) -> ModelParts:
-    """A causal LM taken apart at its last hidden state; as a whole where `whole`, or where that is not known."""
-    head = output_head(model)
-    modules = [] if whole or head is None else hidden_modules(model)
-    return ModelParts(model, modules[-1] if modules else None, head, temperature)
 
 
 def keep(name: str, tensor: Tensor, kept: dict[str, Tensor], left_out: dict[str, str]) -> None:
@@ -231,15 +235,16 @@ def run_again(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, Tensor, Tens
     mask[:, 0] = False  # no logits predict it
     sequence, place = mask.nonzero(as_tuple=True)
     options = {**one.options, **({"use_cache": False} if "use_cache" in one.options else {})}
-    if one.module == "base":
+    rows = sequence, place - 1 - ids.shape[1]
+    if one.module:
         inputs.pop("labels", None)
-        assert parts.base is not None
-        output = parts.base(**inputs, **options)
-        hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        assert parts.head is not None
-        logits = parts.head.logits(hidden[sequence, place - 1 - ids.shape[1]])
+        output = parts.model.get_submodule(one.module)(**inputs, **options)
+        hidden: Any = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
+        if parts.head is None:
+            raise ValueError("model: it has several LM heads; only a pass through its own forward can run again.")
+        logits = parts.head.logits(hidden[rows])
     else:
-        logits = parts.model(**inputs, **options).logits[sequence, place - 1 - ids.shape[1]]
+        logits = parts.model(**inputs, **options).logits[rows]
     return sequence, place, logits if parts.temperature == 1 else logits / parts.temperature
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lcogeom.objectives import Objective, TokenBatch
 from lcogeom.objectives import objective as objective_by_name
-from lcogeom.recording.passes import as_it_was, model_parts, run_again
+from lcogeom.recording.head import output_head
+from lcogeom.recording.passes import ModelParts, as_it_was, run_again
 from lcogeom.recording.snapshot import recorded_pass
 from lcogeom.runs.black_box import RecordedBatch
 
@@ -33,8 +34,8 @@ def replay_batch(
     """Run the forward pass of a recorded batch again, in its mode, autocast and random numbers.
 
     With the weights of that update (`BlackBoxEntry.load_weights`, or one's own checkpoint) and on the same kind of
-    device, the loss is the recorded one to about 1e-6 in float32, 1e-2 in bf16 or under autocast, where only the
-    completion tokens' logits are computed here. Random numbers, modes and buffers of the model end as they were.
+    device, the loss is the recorded one up to the rounding of another matrix product: to 1e-6, in bf16 and under
+    autocast too, on the CPU. Random numbers, modes and buffers of the model end as they were.
 
     Args:
         batch: one of `run.black_box()[-1].batches`.
@@ -47,7 +48,7 @@ def replay_batch(
     """
     one = recorded_pass(batch)
     minimised = _objective(batch, objective, labels="labels" in one.inputs)
-    parts = model_parts(model, batch.temperature, whole=one.module == "model")
+    parts = ModelParts(model, output_head(model), batch.temperature)
     with torch.no_grad(), as_it_was(parts, one):
         sequence, place, logits = run_again(parts, one)
         ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids

@@ -65,7 +65,7 @@ class RecordedBatch:
     objective: Mapping[str, Any] | None
     """{"name": ..., "options": ...} as named at attach()."""
     module: str
-    """'base' or 'model': whose forward was called with the recorded arguments."""
+    """Whose forward was called with the recorded arguments, by its name in the model: "" is the model itself."""
     options: Mapping[str, Any]
     """Its arguments that are not tensors."""
     left_out: Mapping[str, str]
