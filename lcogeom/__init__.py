@@ -54,8 +54,8 @@ from lcogeom.objectives import (
     objective,
     objective_names,
 )
-from lcogeom.recording import Probe, TapError, attach
-from lcogeom.runs import Run, Sketches, load_run
+from lcogeom.recording import Probe, ReplayedBatch, TapError, attach, replay_batch
+from lcogeom.runs import BlackBoxEntry, NonFinite, RecordedBatch, Run, Sketches, load_run
 
 __version__ = "0.1.0"
 
@@ -64,6 +64,7 @@ __all__ = [
     "AdamState",
     "AuditReport",
     "AutogradObjective",
+    "BlackBoxEntry",
     "Choice",
     "Cosines",
     "CurvatureTerms",
@@ -75,8 +76,11 @@ __all__ = [
     "LastLayerCurvature",
     "LogitHessian",
     "ModelHessian",
+    "NonFinite",
     "Objective",
     "Probe",
+    "RecordedBatch",
+    "ReplayedBatch",
     "RouteCheck",
     "RouteError",
     "Run",
@@ -109,6 +113,7 @@ __all__ = [
     "model_hessian",
     "objective",
     "objective_names",
+    "replay_batch",
     "sketch",
     "sketch_cosines",
     "spectral_density",

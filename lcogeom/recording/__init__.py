@@ -2,6 +2,7 @@
 
 from lcogeom.recording.attach import attach
 from lcogeom.recording.probe import Probe
+from lcogeom.recording.replay_batch import ReplayedBatch, replay_batch
 from lcogeom.recording.taps import TapError
 
-__all__ = ["Probe", "TapError", "attach"]
+__all__ = ["Probe", "ReplayedBatch", "TapError", "attach", "replay_batch"]

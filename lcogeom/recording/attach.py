@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ import transformers
 from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
-from lcogeom.recording.head import output_head
+from lcogeom.recording.head import vocabulary_size
 from lcogeom.recording.probe import Probe
 from lcogeom.recording.ranks import NoWriter, Ranks, ranks_of
-from lcogeom.recording.taps import KINDS, TapError
+from lcogeom.recording.taps import KINDS
 from lcogeom.recording.unwrap import require_plain_head, unwrap_model, unwrap_optimizer
 from lcogeom.runs.store import RunWriter
 
@@ -39,18 +39,22 @@ def attach(
     sketch: int | None = SKETCH_SIZE,
     sketch_layers: bool = False,
     copies: bool = False,
+    resume: bool | int = False,
+    black_box: int = 4,
+    spike: float = 10.0,
+    black_box_weights: bool = False,
     on_update: Callable[[Mapping[str, object]], None] | None = None,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
     Use it as a context manager around the loop, or call `close()` at the end. Where several processes train
     (DistributedDataParallel, FSDP2), each of them attaches to the same run folder, and flushes and closes with the
-    others; process 0 writes what all of them saw, and the loss is the mean of theirs.
+    others; process 0 writes what all of them saw, the loss is the mean of theirs, and the black box is process 0's.
 
     Args:
         model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
         optimizer: the one whose `step()` makes the updates.
-        run: folder to create.
+        run: folder to create (or to go on in, with `resume`). One process writes it; any number may read it meanwhile.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
             `negative_count` and `d2`; without it those stay empty.
         tokens_per_update: at most so many tokens are looked at, half of them those with the largest gradient.
@@ -72,10 +76,24 @@ def attach(
         copies: keep one copy of the parameters and one of their gradient on the model's device: `update_norm`,
             `grad_cos_prev` and `step_grad_cos` are then exact. Without it they are taken from the sketches (to 0.6 %
             and to 0.008, at 16384 numbers); with neither they stay empty.
+        black_box: of so many of the last updates the batches are kept, and written to the run folder when a loss, a
+            gradient or a weight is not finite, or when the norm of the gradient or of the step spikes; read by
+            `run.black_box()`, replayed by `replay_batch`. 0 keeps none.
+        spike: from so many times the running median (of 100 updates) on, a norm is a spike.
+        black_box_weights: the weights from before the step are written as well, and the optimiser's state unless the
+            step itself was the spike. The recorder then waits for the device at every step.
+        resume: go on in the folder that `run` names, after a restart; False makes a new one. True: after its last
+            update (the first time, when there is no folder, one is made). A number, such as the step of the checkpoint
+            that training goes on from: the next update has this number, and what was recorded of it and of later ones
+            before the restart is superseded: no longer read, but not deleted.
         on_update: called with each row of `updates` (column -> value) when it is known, which is at a flush.
 
+    A disk that is full or gone does not stop training: one warning, and what could not be written waits in memory
+    (up to 64 MiB, the oldest updates are dropped first) until it can be; `close()` says how many updates were lost.
+
     Raises:
-        FileExistsError: `run` exists.
+        FileExistsError: `run` exists, without `resume`.
+        BlockingIOError: another process, or a recorder that was not closed, is writing `run`.
         TypeError: not a causal LM of transformers with an LM head, or wrapped in what hides its gradients (DeepSpeed,
             FSDP1, DataParallel).
         ValueError: an argument out of range, or an optimizer that does not update this model.
@@ -92,28 +110,36 @@ def attach(
     for name, value in counts:
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}; must be at least 1.")
+    if black_box < 0:
+        raise ValueError(f"black_box: {black_box}; must be a number of updates, or 0 for none.")
+    if not spike > 1:
+        raise ValueError(f"spike: {spike}; must be above 1, times the running median of the gradient norm.")
+    if black_box_weights and not black_box:
+        raise ValueError("black_box_weights: there is no black box to keep them in; black_box must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
     wrapped, model, optimizer = model, unwrap_model(model), unwrap_optimizer(optimizer)
     ranks = ranks_of(wrapped, model.parameters())
-    ranks.require_for(audit_every, copies)
-    head = output_head(model)  # before the folder is made
+    ranks.require_for(audit_every, copies, black_box_weights)
+    vocabulary = vocabulary_size(model)  # before the folder is made
     if tap != "logits":
-        require_plain_head(head.module)
+        require_plain_head(model)
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
-        "vocabulary": int(head.module.weight.shape[0]),  # type: ignore[index]
+        "vocabulary": vocabulary,
         "optimizer": type(optimizer).__name__,
         "tap": tap,
         "temperature": temperature,
         "tokens_per_update": tokens_per_update,
         "sketch": sketch or 0,
+        "sketch_layers": sketch_layers,
         "labels": dict(labels or {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    writer = _make_folder(ranks, run, meta)
+    same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
+    writer = _writer(ranks, run, meta, resume, same)
     try:
         return Probe(
             model=model,
@@ -131,31 +157,35 @@ def attach(
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
             copies=copies,
+            black_box=black_box,
+            spike=spike,
+            black_box_weights=black_box_weights,
             on_update=on_update,
             ranks=ranks,
         )
-    except (TapError, TypeError, ValueError):
-        if ranks.rank == 0:
-            shutil.rmtree(writer.path)  # made a moment ago, empty
+    except BaseException:
+        writer.discard()
         raise
 
 
-def _make_folder(ranks: Ranks, run: str | Path, meta: Mapping[str, object]) -> RunWriter | NoWriter:
-    """Process 0 makes it; where that fails, the others are told, and raise too."""
+def _writer(
+    ranks: Ranks, run: str | Path, meta: Mapping[str, object], resume: bool | int, same: Sequence[str]
+) -> RunWriter | NoWriter:
+    """Process 0 writes; where it cannot make the folder, the others are told, and raise too."""
     if ranks.rank:
-        ranks.require_first(failed=False)
-        return NoWriter(run)
-    failed = True
+        return NoWriter(run, ranks.told_by_first(None))
+    writer = None
     try:
-        writer = RunWriter(run, meta)
-        failed = False
+        writer = RunWriter(run, meta, resume=resume, same=same)
     finally:
-        ranks.require_first(failed)
+        ranks.told_by_first(None if writer is None else writer.next_update)
     return writer
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in options.items()
-    }
+    def plain(value: object) -> object:
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # the same after a restart
+
+    return {key: plain(value) for key, value in options.items()}

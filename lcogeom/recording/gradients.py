@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor
 
+from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
 from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
-
-SEPARATE = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
-FUSED = {"qkv_proj", "c_attn", "Wqkv", "W_pack", "query_key_value"}
-INTERLEAVED = {"query_key_value"}  # [q of the group's heads, k, v] for each key/value head, not q | k | v
 
 
 class GradientMeter:
@@ -148,62 +143,6 @@ def layer_of(name: str) -> str:
     """The numbered block a parameter belongs to (`model.layers.3`), else its module (`model.embed_tokens`)."""
     block = re.match(r"(.*?\.\d+)\.", name)
     return block.group(1) if block else name.rsplit(".", 1)[0]
-
-
-@dataclass(frozen=True)
-class AttentionLayout:
-    """Where query, key and value lie in one projection's weight."""
-
-    kind: str
-    """'separate': one of the three alone; 'fused': q | k | v; 'interleaved': (q, k, v) of each group."""
-    transposed: bool
-    """GPT-2's Conv1D: outputs are columns."""
-    heads: int = 0
-    groups: int = 0
-    """Query heads, and key/value heads."""
-    size: int = 0
-    """Of one head."""
-
-
-def attention_layouts(model: torch.nn.Module) -> dict[str, AttentionLayout]:
-    """The query, key and value weights of a model, by parameter name."""
-    config = model.config.get_text_config() if isinstance(model, transformers.PreTrainedModel) else None
-    layouts: dict[str, AttentionLayout] = {}
-    for name, module in model.named_modules():
-        kind = name.rsplit(".", 1)[-1]
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            continue
-        transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
-        if kind in SEPARATE:
-            layouts[f"{name}.weight"] = AttentionLayout("separate", transposed)
-        elif kind in FUSED and config is not None:
-            heads = int(config.num_attention_heads)
-            groups = _key_value_heads(config, heads)
-            size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-            if weight.shape[1 if transposed else 0] == (heads + 2 * groups) * size:  # else: cross-attention's key-value
-                layout = "interleaved" if kind in INTERLEAVED else "fused"
-                layouts[f"{name}.weight"] = AttentionLayout(layout, transposed, heads, groups, size)
-    return layouts
-
-
-def split_attention(gradient: Tensor, layout: AttentionLayout) -> list[Tensor]:
-    """The query, key and value parts of a projection's gradient; a separate projection is its own only part."""
-    rows = gradient.T if layout.transposed else gradient
-    heads, groups, size = layout.heads, layout.groups, layout.size
-    if layout.kind == "separate":
-        return [rows]
-    if layout.kind == "fused":
-        return list(rows.split([heads * size, groups * size, groups * size]))
-    queries = heads // groups
-    grouped = rows.reshape(groups, queries + 2, size, -1)
-    return [grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]]
-
-
-def _key_value_heads(config: transformers.PretrainedConfig, heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1  # Falcon-7B, GPT-BigCode
-    return int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
 
 
 def _norm(tensor: Tensor) -> Tensor:

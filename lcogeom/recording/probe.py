@@ -18,9 +18,11 @@ from torch import Tensor
 from lcogeom.objectives import Objective
 from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
+from lcogeom.recording.black_box import BlackBox
 from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
-from lcogeom.recording.head import output_head
+from lcogeom.recording.head import output_head, vocabulary_size
+from lcogeom.recording.passes import model_parts
 from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.seen import together
 from lcogeom.recording.summary import summarise
@@ -52,6 +54,9 @@ class Probe:
         sketch: int,
         sketch_layers: bool,
         copies: bool,
+        black_box: int,
+        spike: float,
+        black_box_weights: bool,
         on_update: Callable[[Mapping[str, object]], None] | None,
         ranks: Ranks,
     ) -> None:
@@ -64,7 +69,7 @@ class Probe:
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._head = output_head(model)
+        self._head, self._vocabulary = output_head(model), vocabulary_size(model)
         self._temperature = temperature
         self._meter = GradientMeter(
             model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler, ranks=ranks
@@ -74,6 +79,19 @@ class Probe:
         self._auditor = None
         if audit_every is not None and minimised is not None:
             self._auditor = StepAuditor(model, minimised, self._tap)
+        self._black_box = None
+        if black_box and ranks.rank == 0:
+            self._black_box = BlackBox(
+                parts=model_parts(model, temperature, whole=tap == "logits"),
+                optimizer=optimizer,
+                tap=self._tap,
+                objective=minimised,
+                run=self.path,
+                text=self._text,
+                updates=black_box,
+                spike=spike,
+                weights=black_box_weights,
+            )
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -90,13 +108,14 @@ class Probe:
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
-        self._step = 0
+        self._step = writer.next_update
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._unwritten = 0
         self._on_update = on_update
         self._warned: set[str] = set()
-        self._started = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
+        self._started = self._flushed - writer.seconds
 
     def batch(
         self,
@@ -145,9 +164,28 @@ class Probe:
             self._summed = summed
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
                 loss.register_hook(lambda gradient: self._multiplied(gradient, divided_by))
+        if self._black_box is not None:
+            self._black_box.told(self._batches[-1], loss)
+
+    def dump(self, reason: str) -> Path | None:
+        """Write the black box now: the batches of the last updates, and of the one under way.
+
+        Returns:
+            The folder it was written to; None where another process writes, and, with a warning, if the disk refused.
+
+        Raises:
+            ValueError: attached with `black_box=0`.
+        """
+        if self._ranks.rank:
+            return None
+        if self._black_box is None:
+            raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
+        return self._black_box.dump(self._step, reason)
 
     def flush(self) -> None:
-        """Write everything recorded so far to the run folder."""
+        """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
+        if self._black_box is not None:
+            self._black_box.settle()
         self.collect()
         self._writer.flush()
         self._unwritten = 0
@@ -155,23 +193,30 @@ class Probe:
 
     def collect(self) -> None:
         """Make the rows of everything recorded so far, which waits for the device; the folder has them at a flush."""
-        while self._pending:
+        while self._pending:  # one by one: if one raises, those before it are not added again
             self._write(self._pending.pop(0))
 
     def close(self, *, failed: bool = False) -> None:
         """Take every hook off and flush. The model is as it was before `attach`.
 
         failed: training raised, perhaps in this process alone: nothing is exchanged with others any more, and of the
-            updates since the last flush only process 0's tokens are written.
+            updates since the last flush only process 0's tokens are written. The black box has a last look.
         """
         if failed:
             self._ranks = replace(self._ranks, size=1)
+            if self._black_box is not None:
+                self._black_box.stopped(self._step)
         self._tap.remove()
         if self._auditor is not None:
             self._auditor.remove()
         for handle in self._steps:
             handle.remove()
-        self.flush()
+        try:
+            self.flush()
+            if self._black_box is not None:
+                self._black_box.remove()
+        finally:
+            self._writer.close()
 
     def __enter__(self) -> Probe:
         return self
@@ -188,12 +233,14 @@ class Probe:
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
         values, gradient = sighting.values, sighting.gradient
-        self._forget_skipped()
-        self._backwards += 1
         if not self._in_backward:
+            self._forget_skipped()  # not between two forward passes of one backward pass: its gradients are to come
             self._in_backward = True
             _at_end_of_backward(self._backward_ended)
+        self._backwards += 1
         batch, ids = self._said_of(sighting.ids)
+        if self._black_box is not None:
+            self._black_box.arrived(sighting.ids, batch)
         # logits_to_keep: only the last positions were computed. Log-probabilities belong to the token after, so their
         # first entry is the second token's.
         kept = ids.shape[1] - values.shape[1] - (sighting.kind == "log_probs")
@@ -243,7 +290,7 @@ class Probe:
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
-                    vocabulary=int(self._head.module.weight.shape[0]),  # type: ignore[index]
+                    vocabulary=self._vocabulary,
                     entropy=None if entropy is None else entropy[sequence, at],
                     sum_sq_prob=None if squares is None else squares[sequence, at].double().exp(),
                     temperature=self._temperature,
@@ -285,6 +332,8 @@ class Probe:
                 "overflow); the recorder forgot their tokens as well."
             )
             self._candidates, self._measured, self._mismatches = [], [], []
+            if self._black_box is not None:
+                self._black_box.forget()
             self._losses = self._losses[-1:] if self._batches else []
             self._sequences = self._completion_tokens = self._backwards = 0
 
@@ -298,7 +347,7 @@ class Probe:
     def _before_step(self) -> None:
         if not self._backwards:
             raise TapError(silence(self._tap))
-        head = self._head.gathered() if self._tap.kind in ("auto", "hidden") else self._head
+        head = self._head if self._head is None or self._tap.kind == "logits" else self._head.gathered()
         if self._candidates:
             kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(self._candidates, kept, strict=True):
@@ -312,18 +361,24 @@ class Probe:
                 for columns, (rows, growth) in zip(self._measured, kept, strict=True)
             ]
         self._candidates = []
-        self._now = self._meter.before_step(audited=self._audited())
+        keeps_weights = self._black_box is not None and self._black_box.keeps_weights
+        self._now = self._meter.before_step(audited=self._audited() or keeps_weights)
+        if self._black_box is not None:
+            self._black_box.before_step(self._step, self._now, self._measured)
 
     def _audited(self) -> bool:
         return self._auditor is not None and self._audit_every is not None and self._step % self._audit_every == 0
 
     def _after_step(self) -> None:
         audit: dict[str, float] = {}
+        around = self._meter.around_the_step()
         if self._auditor is not None:
             if self._audited():
-                audit = self._auditor.audit(*self._meter.around_the_step())
+                audit = self._auditor.audit(*around)
             self._auditor.forget()
         found, norms, sketches = self._meter.after_step()
+        if self._black_box is not None:
+            self._black_box.after_step(found.get("update_norm"), norms, around)
         self._pending.append(
             {
                 "step": self._step,

@@ -62,34 +62,47 @@ class Ranks:
         table = [columns[name].double().cpu() if name in columns else unknown for name in names]
         return [dict(zip(names, part.unbind(1), strict=True)) for part in self.gather(torch.stack(table, 1))]
 
-    def require_for(self, audit_every: int | None, copies: bool) -> None:
+    def require_for(self, audit_every: int | None, copies: bool, black_box_weights: bool) -> None:
         """Raises ValueError for options of attach() that several processes, or shards, do not allow."""
         if self.size > 1 and audit_every is not None:
             raise ValueError("audit_every: an audit runs one process's batch, but several trained. Leave it out here.")
         if self.sharded and copies:
             raise ValueError("copies: not with sharded parameters (FSDP2). Leave it out: sketches tell to 0.6 %.")
+        if self.sharded and black_box_weights:
+            raise ValueError("black_box_weights: not with sharded parameters (FSDP2). Leave it out; keep checkpoints.")
 
-    def require_first(self, failed: bool) -> None:
-        """Raises RuntimeError on the other processes if the first one failed. Every process calls it."""
+    def told_by_first(self, next_update: int | None) -> int:
+        """The number of the next update in process 0's run folder, to every process; None from it says that it failed.
+
+        Raises:
+            RuntimeError: process 0 has no folder, in the other processes.
+        """
         if self.size == 1:
-            return
-        flag = torch.tensor([float(failed)], device=self.device)
-        dist.broadcast(flag, group=self.group, group_src=0)
-        if bool(flag) and self.rank:
+            return next_update or 0
+        said = torch.tensor([-1 if next_update is None else next_update], device=self.device)
+        dist.broadcast(said, group=self.group, group_src=0)
+        if int(said) < 0 and self.rank:
             raise RuntimeError("run: process 0 could not make the run folder; its own error says why.")
+        return int(said)
 
 
 class NoWriter:
     """Stands for the run folder's writer in the processes that do not write."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, next_update: int) -> None:
+        self.path, self.next_update, self.seconds = Path(path), next_update, 0.0
 
     def add(self, table: str, rows: Mapping[str, Any]) -> None:
         """Process 0 has the same rows."""
 
     def flush(self) -> None:
         """And writes them."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def discard(self) -> None:
+        """Nothing was made."""
 
 
 def ranks_of(model: torch.nn.Module, parameters: Iterable[Tensor]) -> Ranks:

@@ -12,17 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from lcogeom.recording.base_model import LastHidden, hidden_modules, input_ids
+from lcogeom.recording.errors import TapError
 from lcogeom.recording.head import OutputHead
 
 KINDS = ("auto", "hidden", "logits", "log_probs")
-
-HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-HEAD_TOLERANCE_LOW = 0.05  # bf16 and fp16 logits keep two to three digits
-
-
-class TapError(RuntimeError):
-    """The recorder saw nothing, or not what it needs; the message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +51,7 @@ class Tap:
     paused: bool = False
 
 
-def tap_model(model: torch.nn.Module, head: OutputHead, kind: str, on_backward: OnBackward) -> Tap:
+def tap_model(model: torch.nn.Module, head: OutputHead | None, kind: str, on_backward: OnBackward) -> Tap:
     """Put the hooks of one kind of tap on a model.
 
     'hidden' reads the base model's last hidden state: every training path computes it, with a fused loss too.
@@ -64,44 +60,42 @@ def tap_model(model: torch.nn.Module, head: OutputHead, kind: str, on_backward: 
     'auto' reads the logits where the loss hangs on them, else the last hidden state.
 
     Raises:
-        TapError: a hidden-state tap on a model without a base model.
+        TapError: a hidden-state tap on a model without a base model, or with several heads.
     """
-    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(base, torch.nn.Module) or base is model:
-        if kind == "hidden":
-            raise TapError(f"{type(model).__name__} has no base model to read hidden states from. Use tap='logits'.")
-        base = None
-    last: list[Tensor] = []
+    modules = [] if head is None else hidden_modules(model)
+    if not modules and kind == "hidden":
+        why = "no base model to read hidden states from"
+        if head is None:
+            why = "several LM heads on one hidden state, whose gradient therefore belongs to several tokens at once"
+        raise TapError(f"{type(model).__name__} has {why}. Use tap='logits'.")
+    last: LastHidden | None = None
     taken: dict[str, bool] = {}  # of the latest forward pass: whether a gradient came at the logits
-    checked = False
 
-    def after_base(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def watch_hidden(hidden: Tensor, ids: Tensor | None) -> Callable[[], None]:
         nonlocal taken
-        if tap.paused:
-            return
-        hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        last[:] = [hidden.detach()]
         taken = now = {"logits": False}
-        watched = _watch(
+        handle = _watch(
             hidden,
             lambda values, gradient, ids: (
                 None if now["logits"] else on_backward(Sighting("hidden", values, gradient, ids))
             ),
-            _input_ids(args, kwargs),
+            ids,
             lambda: _refuse("hidden states", "Work on a clone."),
         )
-        tap.forwards += watched
+        tap.forwards += handle is not None
+
+        def forget() -> None:
+            if handle is not None:
+                handle.remove()
+                tap.forwards -= 1
+
+        return forget
 
     def after_model(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal checked
         logits = getattr(output, "logits", None)
-        if kind != "logits" and not checked and last and isinstance(logits, Tensor):
-            checked = True
-            _check_head(head, last[0], logits.detach())
-        last.clear()
         if tap.paused or kind == "hidden":
             return
-        ids = _input_ids(args, kwargs)
+        ids = input_ids(args, kwargs)
         if kind == "log_probs":
             tap.forwards += _watch_log_probs(output, ids, on_backward)
             return
@@ -114,21 +108,22 @@ def tap_model(model: torch.nn.Module, head: OutputHead, kind: str, on_backward: 
             on_backward(Sighting("logits", values, gradient, ids))
 
         def overwritten() -> None:
-            if base is None or kind == "logits":
+            if last is None or not last.known:
                 _refuse("logits", "Use tap='hidden'.")
 
-        watched = _watch(logits, arrived, ids, overwritten)
-        tap.forwards += watched and (kind == "logits" or base is None)
+        watched = _watch(logits, arrived, ids, overwritten) is not None
+        tap.forwards += watched and (last is None or not last.known)
 
-    handles = [model.register_forward_hook(after_model, with_kwargs=True)]
-    if base is not None and kind in ("auto", "hidden"):
-        handles.append(base.register_forward_hook(after_base, with_kwargs=True))
+    if head is not None and modules and kind in ("auto", "hidden"):  # before after_model, which shares its pass
+        last = LastHidden(model, head, modules, watch_hidden, paused=lambda: tap.paused, required=kind == "hidden")
+    handle = model.register_forward_hook(after_model, with_kwargs=True)
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        if last is not None:
+            last.remove()
 
-    tap = Tap(kind, 0, remove)
+    tap = Tap("logits" if kind == "auto" and last is None else kind, 0, remove)
     return tap
 
 
@@ -143,7 +138,7 @@ def silence(tap: Tap) -> str:
     if tap.kind == "logits":
         return (
             "no gradient reached the recorder in this update: the model returned no logits that need a gradient. "
-            "A fused loss never builds them. Use tap='hidden'."
+            "A fused loss never builds them: use tap='hidden', or compute the loss from the model's logits."
         )
     if tap.kind == "log_probs":
         return (
@@ -162,10 +157,10 @@ def _watch(
     on_gradient: Callable[[Tensor, Tensor, Tensor | None], None],
     ids: Tensor | None,
     overwritten: Callable[[], None],
-) -> bool:
+) -> RemovableHandle | None:
     """Hand over (values, gradient, ids) when the backward pass comes by; `overwritten()` if the values are gone."""
     if not tensor.requires_grad:
-        return False
+        return None
     values, version = tensor.detach(), tensor._version
 
     def arrived(gradient: Tensor) -> None:
@@ -174,8 +169,8 @@ def _watch(
         else:
             on_gradient(values, gradient, ids)
 
-    tensor.register_hook(arrived)
-    return True
+    handle: RemovableHandle = tensor.register_hook(arrived)
+    return handle
 
 
 def _watch_log_probs(output: Any, ids: Tensor | None, on_backward: OnBackward) -> bool:
@@ -187,12 +182,13 @@ def _watch_log_probs(output: Any, ids: Tensor | None, on_backward: OnBackward) -
         for name in ("entropy", "log_sum_sq_probs")
         if isinstance(value := getattr(output, name, None), Tensor)
     }
-    return _watch(
+    handle = _watch(
         log_probs,
         lambda values, gradient, ids: on_backward(Sighting("log_probs", values, gradient, ids, **beside)),
         ids,
         lambda: _refuse("log-probabilities", "Work on a clone, or use tap='hidden'."),
     )
+    return handle is not None
 
 
 def _refuse(what: str, remedy: str) -> None:
@@ -200,29 +196,3 @@ def _refuse(what: str, remedy: str) -> None:
         f"the {what} were changed in place between the forward pass and the backward pass (logits.div_(T), "
         f"or a fused cross entropy), so the recorder cannot read them. {remedy}"
     )
-
-
-def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-
-
-def _check_head(head: OutputHead, hidden: Tensor, logits: Tensor) -> None:
-    """Once per attach: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
-    with torch.no_grad():
-        found = head.gathered().logits(hidden[:, -1]).double()
-        wanted = logits[:, -1].double()
-        scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
-        gap = float((found - wanted).abs().max() / scale)
-    if not gap < _head_tolerance(logits) and torch.isfinite(wanted).all():
-        raise TapError(
-            f"the logits are not the output head applied to the last hidden state (relative difference {gap:.1e}): "
-            "the model transforms them in a way this recorder does not know. Use tap='logits'."
-        )
-
-
-def _head_tolerance(logits: Tensor) -> float:
-    """By the precision that the logits were computed in: Accelerate hands out autocast's as float32."""
-    if any(torch.equal(logits, logits.to(low).to(logits.dtype)) for low in (torch.bfloat16, torch.float16)):
-        return HEAD_TOLERANCE_LOW
-    return HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)

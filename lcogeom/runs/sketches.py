@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+
+from lcogeom.runs.parts import DamagedPart, flushes
 
 VECTORS = ("gradient", "step", "weights")
 
@@ -33,18 +34,21 @@ class Sketches:
         return self.start + np.concatenate([np.zeros((1, self.start.size)), moved])
 
 
-def read_sketches(path: Path, updates: np.ndarray, layer: str | None) -> Sketches:
-    """The sketches of a run folder's whole parts, of updates that are in `updates`.
+def read_sketches(path: Path, layer: str | None) -> Sketches:
+    """The sketches of a run folder's finished updates.
 
     Raises:
         ValueError: nothing was sketched, or not this layer, or an update before the last is missing.
     """
-    parts = []
-    for file in sorted((path / "sketches").glob("part-*.parquet")):
+    parts, updates = [], []
+    for flush in flushes(path, []):
+        updates += flush.updates["step"].to_pylist()
         try:
-            table = pq.read_table(file, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"run: {str(file)!r} is damaged ({str(error).splitlines()[0]}).") from error
+            table = flush.rows("sketches")
+        except DamagedPart as error:
+            raise ValueError(f"run: {error}.") from None
+        if table is None:
+            continue
         chosen = pc.is_null(table["layer"]) if layer is None else pc.equal(table["layer"], layer)
         parts.append(table.filter(pc.fill_null(chosen, False)))
         if layer is not None and not len(parts[-1]):
@@ -52,23 +56,24 @@ def read_sketches(path: Path, updates: np.ndarray, layer: str | None) -> Sketche
             raise ValueError(
                 f"layer: {layer!r} has no sketches in {str(path)!r}; there are {', '.join(names) or 'none'}."
             )
-    if not parts or not len(updates):
+    if not parts or not updates:
         raise ValueError(
             f"run: {str(path)!r} holds no sketches of finished updates. Record them with attach(..., sketch=16384)."
         )
-    rows = pa.concat_tables(parts)
+    rows = pa.concat_tables(parts, promote_options="permissive")
     found = {vector: _vectors(rows, vector) for vector in VECTORS}
-    updates = np.sort(updates)
-    for update in range(int(updates[-1]) + 1):  # a gap would make every sum of steps wrong
-        if update not in updates or update not in found["gradient"] or update not in found["step"]:
+    updates.sort()
+    first = updates[0] if updates[0] in found["weights"] else 0
+    for update in range(first, updates[-1] + 1):  # a gap would make every sum of steps wrong
+        if update not in found["gradient"] or update not in found["step"]:
             raise ValueError(
                 f"run: {str(path)!r} lacks update {update} or its sketches; was a part damaged or removed?"
             )
     return Sketches(
-        updates,
-        np.stack([found["gradient"][update] for update in updates.tolist()]),
-        np.stack([found["step"][update] for update in updates.tolist()]),
-        found["weights"][0],
+        np.array(updates),
+        np.stack([found["gradient"][update] for update in updates]),
+        np.stack([found["step"][update] for update in updates]),
+        found["weights"][first],
     )
 
 

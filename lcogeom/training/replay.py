@@ -20,8 +20,7 @@ from torch import Tensor
 from lcogeom.models import LoadedModel, load_model
 from lcogeom.objectives import Objective, TokenBatch, objective
 from lcogeom.recording import Probe, attach
-from lcogeom.runs import create_folder
-from lcogeom.runs.store import COLLECTION
+from lcogeom.runs import COLLECTION, create_folder
 from lcogeom.training.rollout import Sample, Sequences, generate, pad_id, side_by_side
 from lcogeom.training.tasks import Problem, arithmetic, read_problems
 

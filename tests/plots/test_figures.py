@@ -16,8 +16,7 @@ from lcogeom.plots import audit_figure, convexity_figure, directions_figure, sta
 from lcogeom.plots.convexity import PHASE_VARIANTS, same_series
 from lcogeom.plots.stability import PANELS
 from lcogeom.plots.style import LINES, line_of, variants
-from lcogeom.runs import create_folder
-from lcogeom.runs.store import COLLECTION
+from lcogeom.runs import COLLECTION, create_folder
 from lcogeom.training import DEFAULT_OBJECTIVES, ReplaySettings, replay
 
 CONVEX = ["sft", "lco-kld", "lco-mse", "lco-lch"]

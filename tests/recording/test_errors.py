@@ -81,10 +81,17 @@ def test_a_head_the_recorder_does_not_know(model: transformers.PreTrainedModel, 
     task = make_task(model)
     model.lm_head.register_forward_hook(lambda _, __, output: output.sin())
     with (
-        lg.attach(model, sgd(model), run=tmp_path / "run"),
+        lg.attach(model, sgd(model), run=tmp_path / "hidden", tap="hidden"),
         pytest.raises(lg.TapError, match="not the output head"),
     ):
         model(input_ids=task.input_ids)
+    optimizer = sgd(model)
+    with lg.attach(model, optimizer, run=tmp_path / "auto", objective="sft") as probe:  # the logits do not need it
+        tell(probe, task)
+        loss_of(model, task, lg.objective("sft")).backward()
+        optimizer.step()
+    tokens = lg.load_run(tmp_path / "auto").tokens
+    assert tokens["d1"].tolist() == pytest.approx([-1 / len(tokens)] * len(tokens), rel=1e-4)
 
 
 def test_an_encoder_without_a_head(device: torch.device, tmp_path: Path) -> None:

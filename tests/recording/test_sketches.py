@@ -11,6 +11,7 @@ import torch
 import lcogeom as lg
 from lcogeom.recording.gradients import layer_of
 from tests.recording.test_updates import cosine, flat
+from tests.runs.folders import part_file
 from tests.small_models import build, loss_of, make_task, tell
 
 UPDATES = 5
@@ -130,20 +131,57 @@ def test_cut_short(tmp_path: Path, device: torch.device) -> None:
     """Killed between the parts of a flush: sketches of updates not vouched for are left out; a lost part is said."""
     run, *_ = record(tmp_path / "run", device)
     whole = run.sketches()
-    (tmp_path / "run" / "updates" / "part-000002.parquet").unlink()
+    part_file(run, "updates", 2).unlink()
     found = lg.load_run(tmp_path / "run").sketches()
     assert found.updates.tolist() == [0, 1, 2, 3]
     assert np.array_equal(found.steps, whole.steps[:4])
-    part = tmp_path / "run" / "sketches" / "part-000001.parquet"
+    part = part_file(run, "sketches", 1)
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"part-000001.parquet' is damaged"):
+    with pytest.raises(ValueError, match=rf"{part.name}: damaged"):
         run.sketches()
     part.unlink()
-    with pytest.raises(ValueError, match="lacks update 2 or its sketches"):
+    with pytest.raises(ValueError, match="updates 2 to 3 lost their sketches"):
         run.sketches()
     part.write_bytes(content)
     assert np.array_equal(run.sketches().steps, whole.steps[:4])
-    (tmp_path / "run" / "updates" / "part-000000.parquet").unlink()  # steps 0 and 1 are no part of the sum any more
+    part_file(run, "updates", 0).unlink()  # steps 0 and 1 are no part of the sum any more
     with pytest.raises(ValueError, match="lacks update 0"):
         run.sketches()
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-8])
+def test_steps_near_the_rounding_of_the_weights(rate: float, tmp_path: Path, device: torch.device) -> None:
+    """The step is the difference of two sketches of weights a million times as large: added up in float64."""
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    before = [p.detach().clone() for p in model.parameters()]
+    with lg.attach(model, optimizer, run=tmp_path / "run"):
+        loss_of(model, task, lg.objective("sft")).backward()
+        optimizer.step()
+    step = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+    wanted = lg.sketch(step).cpu().numpy()
+    assert 0 < np.linalg.norm(wanted) < 1e-4
+    found = lg.load_run(tmp_path / "run").sketches().steps[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max() + 1e-13)
+
+
+def test_weights_changed_between_updates_are_no_part_of_a_step(tmp_path: Path, device: torch.device) -> None:
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps = []
+    with lg.attach(model, optimizer, run=tmp_path / "run"):
+        for update in range(2):
+            if update == 1:
+                with torch.no_grad():
+                    model.lm_head.weight.mul_(0.5)  # a checkpoint loaded, an average of weights swapped in
+            optimizer.zero_grad()
+            loss_of(model, task, lg.objective("sft")).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            steps.append([p.detach() - old for p, old in zip(model.parameters(), before, strict=True)])
+    run = lg.load_run(tmp_path / "run")
+    for step, row in zip(steps, run.updates["update_norm"], strict=True):
+        assert row == pytest.approx(float(flat(step).norm()), rel=4.5 / 181)
