@@ -13,7 +13,7 @@ import transformers
 from lcogeom.geometry.sketch import SIZE as SKETCH_SIZE
 from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
-from lcogeom.recording.head import output_head, vocabulary_size
+from lcogeom.recording.head import vocabulary_size
 from lcogeom.recording.probe import Probe
 from lcogeom.recording.ranks import NoWriter, Ranks, ranks_of
 from lcogeom.recording.taps import KINDS
@@ -49,7 +49,7 @@ def attach(
 
     Use it as a context manager around the loop, or call `close()` at the end. Where several processes train
     (DistributedDataParallel, FSDP2), each of them attaches to the same run folder, and flushes and closes with the
-    others; process 0 writes what all of them saw, and the loss is the mean of theirs.
+    others; process 0 writes what all of them saw, the loss is the mean of theirs, and the black box is process 0's.
 
     Args:
         model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
@@ -78,7 +78,7 @@ def attach(
             and to 0.008, at 16384 numbers); with neither they stay empty.
         black_box: of so many of the last updates the batches are kept, and written to the run folder when a loss, a
             gradient or a weight is not finite, or when the norm of the gradient or of the step spikes; read by
-            `run.black_box()`, replayed by `replay_batch`. 0 keeps none; nor do several processes that train together.
+            `run.black_box()`, replayed by `replay_batch`. 0 keeps none.
         spike: from so many times the running median (of 100 updates) on, a norm is a spike.
         black_box_weights: the weights from before the step are written as well, and the optimiser's state unless the
             step itself was the spike. The recorder then waits for the device at every step.
@@ -120,11 +120,10 @@ def attach(
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
     wrapped, model, optimizer = model, unwrap_model(model), unwrap_optimizer(optimizer)
     ranks = ranks_of(wrapped, model.parameters())
-    ranks.require_for(audit_every, copies)
+    ranks.require_for(audit_every, copies, black_box_weights)
     vocabulary = vocabulary_size(model)  # before the folder is made
-    head = output_head(model)
-    if tap != "logits" and head is not None:
-        require_plain_head(head.module)
+    if tap != "logits":
+        require_plain_head(model)
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
@@ -158,7 +157,7 @@ def attach(
             sketch=sketch or 0,
             sketch_layers=sketch_layers,
             copies=copies,
-            black_box=black_box if ranks.size == 1 else 0,
+            black_box=black_box,
             spike=spike,
             black_box_weights=black_box_weights,
             on_update=on_update,
@@ -172,14 +171,14 @@ def attach(
 def _writer(
     ranks: Ranks, run: str | Path, meta: Mapping[str, object], resume: bool | int, same: Sequence[str]
 ) -> RunWriter | NoWriter:
-    """Process 0 makes the folder, or goes on in it; where that fails, the others are told, and raise too."""
+    """Process 0 writes; where it cannot make the folder, the others are told, and raise too."""
     if ranks.rank:
-        return NoWriter(run, *ranks.from_first(None))
+        return NoWriter(run, ranks.told_by_first(None))
     writer = None
     try:
         writer = RunWriter(run, meta, resume=resume, same=same)
     finally:
-        ranks.from_first(None if writer is None else (writer.next_update, writer.seconds))
+        ranks.told_by_first(None if writer is None else writer.next_update)
     return writer
 
 

@@ -115,7 +115,8 @@ class LastHidden:
 
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
         """Once: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
-        gap = head_gap(self._head, hidden.detach(), logits)
+        head = self._head.gathered()
+        gap = head_gap(head, hidden.detach(), logits)
         tolerance = _tolerance(logits)
         self._checked = not math.isnan(gap)  # logits that are not finite say nothing
         if not gap > tolerance:
@@ -126,7 +127,7 @@ class LastHidden:
         entering = self._entering
         self._forget()
         fits = entering is not None and entering.shape[:-1] == logits.shape[:-1]
-        if entering is not None and fits and not head_gap(self._head, entering.detach(), logits) > tolerance:
+        if entering is not None and fits and not head_gap(head, entering.detach(), logits) > tolerance:
             self._at_head = True
             return
         self._forget_entering()
@@ -152,7 +153,7 @@ def head_gap(head: OutputHead, hidden: Tensor, logits: Tensor) -> float:
     if hidden.ndim != 3 or hidden.shape[-1] != head.module.weight.shape[1]:  # type: ignore[index]
         return math.inf
     with torch.no_grad():
-        found, wanted = head.gathered().logits(hidden[:, -1]).double(), logits[:, -1].double()
+        found, wanted = head.logits(hidden[:, -1]).double(), logits[:, -1].double()
         if found.shape != wanted.shape:
             return math.inf
         scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6

@@ -80,7 +80,7 @@ class Probe:
         if audit_every is not None and minimised is not None:
             self._auditor = StepAuditor(model, minimised, self._tap)
         self._black_box = None
-        if black_box:
+        if black_box and ranks.rank == 0:
             self._black_box = BlackBox(
                 parts=ModelParts(model, self._head, temperature),
                 optimizer=optimizer,
@@ -171,11 +171,13 @@ class Probe:
         """Write the black box now: the batches of the last updates, and of the one under way.
 
         Returns:
-            The folder it was written to; None, with a warning, if the disk refused.
+            The folder it was written to; None where another process writes, and, with a warning, if the disk refused.
 
         Raises:
             ValueError: attached with `black_box=0`.
         """
+        if self._ranks.rank:
+            return None
         if self._black_box is None:
             raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
         return self._black_box.dump(self._step, reason)
@@ -198,10 +200,12 @@ class Probe:
         """Take every hook off and flush. The model is as it was before `attach`.
 
         failed: training raised, perhaps in this process alone: nothing is exchanged with others any more, and of the
-            updates since the last flush only process 0's tokens are written.
+            updates since the last flush only process 0's tokens are written. The black box has a last look.
         """
         if failed:
             self._ranks = replace(self._ranks, size=1)
+            if self._black_box is not None:
+                self._black_box.stopped(self._step)
         self._tap.remove()
         if self._auditor is not None:
             self._auditor.remove()
@@ -220,8 +224,6 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._black_box is not None:
-            self._black_box.stopped(self._step)
         self.close(failed=error is not None)
 
     def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
@@ -345,9 +347,7 @@ class Probe:
     def _before_step(self) -> None:
         if not self._backwards:
             raise TapError(silence(self._tap))
-        head = self._head
-        if head is not None and self._tap.kind in ("auto", "hidden"):
-            head = head.gathered()
+        head = self._head if self._head is None or self._tap.kind == "logits" else self._head.gathered()
         if self._candidates:
             kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(self._candidates, kept, strict=True):

@@ -62,38 +62,35 @@ class Ranks:
         table = [columns[name].double().cpu() if name in columns else unknown for name in names]
         return [dict(zip(names, part.unbind(1), strict=True)) for part in self.gather(torch.stack(table, 1))]
 
-    def require_for(self, audit_every: int | None, copies: bool) -> None:
+    def require_for(self, audit_every: int | None, copies: bool, black_box_weights: bool) -> None:
         """Raises ValueError for options of attach() that several processes, or shards, do not allow."""
         if self.size > 1 and audit_every is not None:
             raise ValueError("audit_every: an audit runs one process's batch, but several trained. Leave it out here.")
         if self.sharded and copies:
             raise ValueError("copies: not with sharded parameters (FSDP2). Leave it out: sketches tell to 0.6 %.")
+        if self.sharded and black_box_weights:
+            raise ValueError("black_box_weights: not with sharded parameters (FSDP2). Leave it out; keep checkpoints.")
 
-    def from_first(self, told: tuple[int, float] | None) -> tuple[int, float]:
-        """Two numbers that the first process tells the others, None if it failed. Every process calls it.
+    def told_by_first(self, next_update: int | None) -> int:
+        """The number of the next update in process 0's run folder, to every process; None from it says that it failed.
 
         Raises:
-            RuntimeError: on the other processes, if the first one failed.
+            RuntimeError: process 0 has no folder, in the other processes.
         """
         if self.size == 1:
-            return told or (0, 0.0)
-        message = torch.tensor([math.nan, math.nan] if told is None else list(told), dtype=torch.float64)
-        message = message.to(self.device)
-        dist.broadcast(message, group=self.group, group_src=0)
-        update, seconds = message.tolist()
-        if math.isnan(update):
-            if self.rank:
-                raise RuntimeError("run: process 0 could not make the run folder; its own error says why.")
-            return 0, 0.0
-        return int(update), seconds
+            return next_update or 0
+        said = torch.tensor([-1 if next_update is None else next_update], device=self.device)
+        dist.broadcast(said, group=self.group, group_src=0)
+        if int(said) < 0 and self.rank:
+            raise RuntimeError("run: process 0 could not make the run folder; its own error says why.")
+        return int(said)
 
 
 class NoWriter:
     """Stands for the run folder's writer in the processes that do not write."""
 
-    def __init__(self, path: str | Path, next_update: int, seconds: float) -> None:
-        self.path = Path(path)
-        self.next_update, self.seconds = next_update, seconds
+    def __init__(self, path: str | Path, next_update: int) -> None:
+        self.path, self.next_update, self.seconds = Path(path), next_update, 0.0
 
     def add(self, table: str, rows: Mapping[str, Any]) -> None:
         """Process 0 has the same rows."""
@@ -102,10 +99,10 @@ class NoWriter:
         """And writes them."""
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing is held."""
 
     def discard(self) -> None:
-        """Nor to take away."""
+        """Nothing was made."""
 
 
 def ranks_of(model: torch.nn.Module, parameters: Iterable[Tensor]) -> Ranks:

@@ -61,12 +61,13 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def require_plain_head(head: torch.nn.Module) -> None:
-    """The head's weight is all that makes logits of hidden states; a copy that PEFT trains (modules_to_save) is.
+def require_plain_head(model: Any) -> None:
+    """The LM head's weight is all that makes logits of hidden states; a copy that PEFT trains (modules_to_save) is.
 
     Raises:
         TypeError: an adapter adds to it.
     """
+    head = model.get_output_embeddings()
     if _comes_from("peft", head) and not hasattr(head, "modules_to_save"):
         raise TypeError(
             f"model: PEFT put an adapter ({type(head).__module__}.{type(head).__name__}) on the LM head, which then is "
