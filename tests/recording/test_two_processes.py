@@ -59,6 +59,13 @@ def test_two_processes_record_what_one_does(case: str, default_cases: Path) -> N
     compare(case, default_cases / case)
 
 
+@pytest.mark.parametrize(("name", "said"), [("fsdp1", "FSDP1 flattens"), ("hsdp", "neither HSDP nor tensor")])
+def test_shards_that_are_not_read(name: str, said: str, default_cases: Path) -> None:
+    for rank in (0, 1):
+        assert said in (default_cases / f"{name}-{rank}").read_text()
+    assert not (default_cases / name).exists()
+
+
 @pytest.mark.slow
 def test_other_models_and_taps(tmp_path: Path) -> None:
     in_two_processes(tmp_path, SLOW)

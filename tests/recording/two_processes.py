@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lcogeom as lg
@@ -144,10 +144,23 @@ def manners(
         optimizer.step()
 
 
+def refused(folder: Path) -> None:
+    """Ways of sharding that the recorder does not read."""
+    flat = FullyShardedDataParallel(build("llama", CPU), device_id=CPU)
+    both = build("llama", CPU)
+    fully_shard(both, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+    for name, model in (("fsdp1", flat), ("hsdp", both)):
+        try:
+            lg.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), folder / name)
+        except TypeError as error:
+            (folder / f"{name}-{dist.get_rank()}").write_text(str(error))
+
+
 if __name__ == "__main__":
     meeting = f"file://{sys.argv[1]}/meet"
     dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=2)
     for case in sys.argv[2:]:
         how, name, tap, backwards = case.split("_")
         main(Path(sys.argv[1]) / case, how, name, tap, accumulate=backwards == "accumulate")
+    refused(Path(sys.argv[1]))
     dist.destroy_process_group()
