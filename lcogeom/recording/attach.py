@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from lcogeom.objectives import ActionObjective, Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import vocabulary_size
 from lcogeom.recording.probe import Probe
-from lcogeom.recording.taps import KINDS, TapError
+from lcogeom.recording.ranks import NoWriter, Ranks, ranks_of
+from lcogeom.recording.taps import KINDS
+from lcogeom.recording.unwrap import require_plain_head, unwrap_model, unwrap_optimizer
 from lcogeom.runs.store import RunWriter
 
 
@@ -41,13 +43,16 @@ def attach(
     black_box: int = 4,
     spike: float = 10.0,
     black_box_weights: bool = False,
+    on_update: Callable[[Mapping[str, object]], None] | None = None,
 ) -> Probe:
     """Record every update of a training loop into a run folder, without changing a bit of it.
 
-    Use it as a context manager around the loop, or call `close()` at the end.
+    Use it as a context manager around the loop, or call `close()` at the end. Where several processes train
+    (DistributedDataParallel, FSDP2), each of them attaches to the same run folder, and flushes and closes with the
+    others; process 0 writes what all of them saw, the loss is the mean of theirs, and the black box is process 0's.
 
     Args:
-        model: a transformers causal LM, before torch.compile.
+        model: a transformers causal LM, before torch.compile; DistributedDataParallel or PEFT may be around it.
         optimizer: the one whose `step()` makes the updates.
         run: folder to create (or to go on in, with `resume`). One process writes it; any number may read it meanwhile.
         objective: what the loop minimises: a registry name (with its defaults) or an Objective. Gives `convex`,
@@ -81,6 +86,7 @@ def attach(
             update (the first time, when there is no folder, one is made). A number, such as the step of the checkpoint
             that training goes on from: the next update has this number, and what was recorded of it and of later ones
             before the restart is superseded: no longer read, but not deleted.
+        on_update: called with each row of `updates` (column -> value) when it is known, which is at a flush.
 
     A disk that is full or gone does not stop training: one warning, and what could not be written waits in memory
     (up to 64 MiB, the oldest updates are dropped first) until it can be; `close()` says how many updates were lost.
@@ -88,7 +94,8 @@ def attach(
     Raises:
         FileExistsError: `run` exists, without `resume`.
         BlockingIOError: another process, or a recorder that was not closed, is writing `run`.
-        TypeError: not a causal LM of transformers with an LM head.
+        TypeError: not a causal LM of transformers with an LM head, or wrapped in what hides its gradients (DeepSpeed,
+            FSDP1, DataParallel).
         ValueError: an argument out of range, or an optimizer that does not update this model.
         TapError: the model was compiled already. Later, from the loop: an update in which no tap fired.
     """
@@ -111,12 +118,12 @@ def attach(
         raise ValueError("black_box_weights: there is no black box to keep them in; black_box must be at least 1.")
     if audit_every is not None and minimised is None:
         raise ValueError("audit_every: an audit needs to know what is minimised; pass objective=... as well.")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise TapError(
-            "model: it is compiled already, and hooks registered after torch.compile never fire. Call "
-            "lcogeom.attach(model, ...) first, then torch.compile(model)."
-        )
+    wrapped, model, optimizer = model, unwrap_model(model), unwrap_optimizer(optimizer)
+    ranks = ranks_of(wrapped, model.parameters())
+    ranks.require_for(audit_every, copies, black_box_weights)
     vocabulary = vocabulary_size(model)  # before the folder is made
+    if tap != "logits":
+        require_plain_head(model)
     meta = {
         "objective": None if minimised is None else {"name": minimised.name, "options": _plain(minimised.options)},
         "model": type(model).__name__,
@@ -132,7 +139,7 @@ def attach(
         "transformers": transformers.__version__,
     }
     same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
-    writer = RunWriter(run, meta, resume=resume, same=same)
+    writer = _writer(ranks, run, meta, resume, same)
     try:
         return Probe(
             model=model,
@@ -153,10 +160,26 @@ def attach(
             black_box=black_box,
             spike=spike,
             black_box_weights=black_box_weights,
+            on_update=on_update,
+            ranks=ranks,
         )
     except BaseException:
         writer.discard()
         raise
+
+
+def _writer(
+    ranks: Ranks, run: str | Path, meta: Mapping[str, object], resume: bool | int, same: Sequence[str]
+) -> RunWriter | NoWriter:
+    """Process 0 writes; where it cannot make the folder, the others are told, and raise too."""
+    if ranks.rank:
+        return NoWriter(run, ranks.told_by_first(None))
+    writer = None
+    try:
+        writer = RunWriter(run, meta, resume=resume, same=same)
+    finally:
+        ranks.told_by_first(None if writer is None else writer.next_update)
+    return writer
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

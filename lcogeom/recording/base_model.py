@@ -16,8 +16,9 @@ from lcogeom.recording.head import OutputHead
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HEAD_TOLERANCE_LOW = 0.05  # bf16 and fp16 logits keep two to three digits
 
-Watch = Callable[[Tensor, Tensor | None], Callable[[], None]]
-"""(hidden states (B, T', d), input ids (B, T) or None) -> what takes the watch off again."""
+Watch = Callable[[Tensor, Tensor | None, bool], Callable[[], None]]
+"""(hidden states (B, T', d), input ids (B, T) or None, whether others of the same pass are watched already) -> what
+takes the watch off."""
 
 
 def hidden_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -58,12 +59,13 @@ class LastHidden:
         self.known = True
         """Whether the logits are the head's image of the tensors handed to `watch`, as far as passes so far tell."""
         self._required = required
-        self._head, self._watch, self._paused, self._inner = head, watch, paused, modules[0]
-        self._checked = self._at_head = False
+        self._head, self._watch, self._paused = head, watch, paused
+        self._model, self._inner = model, modules[0]
+        self._checked = self._at_head = self._inside = False  # _inside the model's own forward
         self._ids: Tensor | None = None
         self._hidden: Tensor | None = None
         self._entering: Tensor | None = None
-        self._forget: Callable[[], None] = _nothing
+        self._forget = self._forget_entering = _nothing
         self._handles = [model.register_forward_hook(self._finished)]
         self._handles += [m.register_forward_pre_hook(self._called, with_kwargs=True) for m in [model, *modules]]
         self._handles += [m.register_forward_hook(self._returned) for m in modules]
@@ -78,6 +80,8 @@ class LastHidden:
         ids = input_ids(args, kwargs)
         if ids is not None:
             self._ids = ids  # an outer module's stay, where the inner one is given embeddings
+        if module is self._model:
+            self._inside = True
         if module is self._inner:
             self._hidden = None
 
@@ -85,41 +89,48 @@ class LastHidden:
         hidden = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
         if self._paused() or not isinstance(hidden, Tensor) or hidden is self._hidden:
             return
-        if self._hidden is not None:  # the inner module's, which this one has transformed
+        again = self._hidden is not None  # the inner module's, which this one has transformed
+        if again:
             self._forget()
         self._hidden = hidden
         if not self._at_head:
-            self._forget = self._watch(hidden, self._ids)
+            self._forget = self._watch(hidden, self._ids, again)
 
     def _enters(self, _: object, args: tuple[Any, ...]) -> None:
-        if self._paused() or not args:
+        if self._paused() or not args or not (self._inside or self._at_head):
             return
-        if self._at_head:
-            self._watch(args[0], self._ids)
-        else:
-            self._entering = args[0]
+        self._entering = args[0]
+        self._forget_entering = self._watch(args[0], self._ids, not self._at_head)
 
     def _finished(self, _: object, __: object, output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if not self._paused() and not self._checked and self._hidden is not None and isinstance(logits, Tensor):
-            self._check(self._hidden, logits.detach())
+        if not self._paused() and not self._checked and self._hidden is not None:
+            if isinstance(logits, Tensor):
+                self._check(self._hidden, logits.detach())
+            else:
+                self._forget_entering()
+        self._inside = False
         self._hidden = self._entering = self._ids = None
+        self._forget = self._forget_entering = _nothing
 
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
         """Once: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
-        self._checked = True
-        gap = head_gap(self._head, hidden.detach(), logits)
-        tolerance = HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
-        if not gap > tolerance:  # NaN: the logits are not finite, and say nothing
-            self._head_handle.remove()
+        head = self._head.gathered()
+        gap = head_gap(head, hidden.detach(), logits)
+        tolerance = _tolerance(logits)
+        self._checked = not math.isnan(gap)  # logits that are not finite say nothing
+        if not gap > tolerance:
+            self._forget_entering()
+            if self._checked:
+                self._head_handle.remove()
             return
         entering = self._entering
         self._forget()
         fits = entering is not None and entering.shape[:-1] == logits.shape[:-1]
-        if entering is not None and fits and not head_gap(self._head, entering.detach(), logits) > tolerance:
+        if entering is not None and fits and not head_gap(head, entering.detach(), logits) > tolerance:
             self._at_head = True
-            self._watch(entering, self._ids)
             return
+        self._forget_entering()
         self.known = False
         self.remove()
         if self._required:
@@ -148,6 +159,13 @@ def head_gap(head: OutputHead, hidden: Tensor, logits: Tensor) -> float:
         scale = (wanted.max(1).values - wanted.median(1).values).abs().mean() + 1e-6
         gap = (found - wanted).abs().max() / scale
         return float(torch.where(torch.isfinite(wanted).all(), gap, math.nan))
+
+
+def _tolerance(logits: Tensor) -> float:
+    """By the precision that the logits were computed in: Accelerate hands out autocast's as float32."""
+    if any(torch.equal(logits, logits.to(low).to(logits.dtype)) for low in (torch.bfloat16, torch.float16)):
+        return HEAD_TOLERANCE_LOW
+    return HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
 
 
 def input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -29,6 +29,7 @@ from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.heaviest import heaviest_tokens
 from lcogeom.recording.non_finite import describe, first_non_finite
 from lcogeom.recording.passes import ForwardPass, ModelParts, PassWatcher, keep_batch
+from lcogeom.recording.ranks import local
 from lcogeom.recording.snapshot import batch_files, optimizer_state, weights_state
 from lcogeom.recording.taps import Tap
 from lcogeom.recording.triggers import Triggers
@@ -179,7 +180,7 @@ class BlackBox:
             return
         losses = [one.loss for one in self._passes if one.loss is not None]
         gradients = (parameter.grad for parameter in self._model.parameters() if parameter.grad is not None)
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        finite = all(bool(torch.isfinite(local(gradient)).all()) for gradient in gradients)
         norm = torch.tensor(0.0 if finite else math.nan)
         update = KeptUpdate(step, self._passes, losses, norm, [])
         self._window.append(update)

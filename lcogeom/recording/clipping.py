@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lcogeom.recording.ranks import local_gradient
+
 ENTRIES = 64  # of each parameter
 ELEMENTWISE = 1e-2  # relative distance from one common multiple beyond which it was no scaling; bf16 rounds to 4e-3
 
@@ -57,7 +59,7 @@ class ScalingWatch:
         some: list[Tensor] = []
         at: list[int] = []
         for row, place in enumerate(places):
-            gradient = self._parameters[place].grad
+            gradient = local_gradient(self._parameters[place])
             assert gradient is not None
             flat = gradient.detach().reshape(-1)
             some.append(flat[:: max(1, -(-len(flat) // ENTRIES))].to(rows.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
+from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
 
 
@@ -26,6 +27,7 @@ class GradientMeter:
         sketch_layers: bool = False,
         copies: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """sketch: numbers kept of each gradient and step, 0 for none; sketch_layers: of each layer's part too.
 
@@ -48,9 +50,11 @@ class GradientMeter:
             raise ValueError(
                 "optimizer: it updates none of this model's trainable parameters. Pass the pair that trains."
             )
+        self._ranks = ranks or Ranks()
         sketcher = None
         if sketch:
-            sketcher = Sketcher(self._parameters, [layer_of(name) for name in self._names], sketch, sketch_layers)
+            layers = [layer_of(name) for name in self._names]
+            sketcher = Sketcher(self._parameters, layers, sketch, sketch_layers, self._ranks)
         self._steps: StepWatch | None = None
         if copies:
             self._steps = CopiedSteps(self._parameters, self._members, sketcher)
@@ -84,27 +88,36 @@ class GradientMeter:
             gradients = [parameter.grad for parameter in self._parameters]
             device = self._parameters[0].device
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            squares = [zero if g is None else _norm(g).to(device).double().square() for g in gradients]
-            clipped = torch.stack(squares)
-            found["grad_norm_clipped"] = clipped.sum().sqrt()
+            clipped = torch.stack([zero if g is None else self._square(g, device) for g in gradients])
             scaling = self._scaling.factors()
             self._norms = None
-            if scaling is not None:
+            if scaling is None:
+                found["grad_norm_clipped"] = self._ranks.total(clipped).sum().sqrt()
+            else:
                 factors, plain = scaling
                 if self._scale is not None:
                     factors = factors * self._scale.to(device)
-                self._norms = torch.where(plain, clipped.sqrt() / factors, math.nan)
-                found["grad_norm"] = self._norms.square().sum().sqrt()
-                attention = []
+                squares = [torch.where(plain, clipped / factors.square(), math.nan)]
                 for place, gradient in enumerate(gradients):
                     layout = self._layouts.get(self._names[place])
                     if layout is not None and gradient is not None:
-                        parts = torch.stack([_norm(part) for part in split_attention(gradient, layout)])
-                        attention.append(torch.where(plain, parts.to(device).double() / factors[place], math.nan))
-                if attention:
-                    found["qkv_mean_frobenius"] = torch.cat(attention).mean()
+                        parts = split_attention(in_whole(gradient), layout)
+                        part = torch.stack([self._square(p, device, like=gradient) for p in parts])
+                        squares.append(torch.where(plain, part / factors[place].square(), math.nan))
+                whole = self._ranks.total(torch.cat([clipped, *squares]))
+                clipped, before, attention = whole.tensor_split([len(gradients), 2 * len(gradients)])
+                found["grad_norm_clipped"] = clipped.sum().sqrt()
+                self._norms = before.sqrt()
+                found["grad_norm"] = before.sum().sqrt()
+                if len(attention):
+                    found["qkv_mean_frobenius"] = attention.sqrt().mean()
             self._present = [gradient is not None for gradient in gradients]
             return found | (self._steps.before() if self._steps is not None else {})
+
+    def _square(self, gradient: Tensor, device: torch.device, like: Tensor | None = None) -> Tensor:
+        """Squared norm of what this process holds of it and counts (of a part: where it counts the whole, `like`)."""
+        square = _norm(local(gradient)).to(device).double().square()
+        return square if self._ranks.counts(gradient if like is None else like) else torch.zeros_like(square)
 
     def around_the_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """(the parameters, their values before the step); only after `before_step(audited=True)`."""

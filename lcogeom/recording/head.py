@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
@@ -30,6 +31,16 @@ class OutputHead:
         weight, bias = self._parameters()
         raw = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias) * self.scale
         return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
+
+    def gathered(self) -> OutputHead:
+        """The same with its whole weight, where FSDP2 shards it: every process calls it, and it costs one gathering."""
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        if not isinstance(weight, DTensor):
+            return self
+        whole = torch.nn.Module()
+        whole.register_buffer("weight", weight.full_tensor().detach())
+        whole.register_buffer("bias", bias.full_tensor().detach() if isinstance(bias, DTensor) else bias)
+        return replace(self, module=whole)
 
     def pull_back(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """d / d logits (M, V) -> d / d hidden (M, d), float64."""

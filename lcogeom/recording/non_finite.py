@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcogeom.objectives import Objective
 from lcogeom.recording.passes import ForwardPass, ModelParts, as_it_was, run_again
+from lcogeom.recording.ranks import local
 from lcogeom.runs.black_box import NonFinite
 
 
@@ -46,7 +47,7 @@ def kind_of(tensor: Tensor) -> str | None:
 
 def describe(what: str, name: str, tensor: Tensor, part: int | None) -> NonFinite | None:
     """The finding for a tensor; None where it is finite."""
-    tensor = tensor.detach()
+    tensor = local(tensor.detach())  # of a sharded one, what this process holds: it asks alone
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return None
     share = float((~torch.isfinite(tensor)).double().mean())

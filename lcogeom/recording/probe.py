@@ -23,6 +23,8 @@ from lcogeom.recording.candidates import Candidates, Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head, vocabulary_size
 from lcogeom.recording.passes import ModelParts
+from lcogeom.recording.ranks import NoWriter, Ranks
+from lcogeom.recording.seen import together
 from lcogeom.recording.summary import summarise
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
@@ -39,7 +41,7 @@ class Probe:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        writer: RunWriter,
+        writer: RunWriter | NoWriter,
         minimised: Objective | None,
         tap: str,
         temperature: float,
@@ -55,11 +57,14 @@ class Probe:
         black_box: int,
         spike: float,
         black_box_weights: bool,
+        on_update: Callable[[Mapping[str, object]], None] | None,
+        ranks: Ranks,
     ) -> None:
         self.path: Path = writer.path
         self._writer = writer
         self._objective = minimised
-        self._budget = tokens_per_update
+        self._ranks = ranks
+        self._budget = max(1, tokens_per_update // ranks.size)
         self._flush_every = flush_every
         self._rng = torch.Generator().manual_seed(seed)
         self._tokenizer = tokenizer
@@ -67,7 +72,7 @@ class Probe:
         self._head, self._vocabulary = output_head(model), vocabulary_size(model)
         self._temperature = temperature
         self._meter = GradientMeter(
-            model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler
+            model, optimizer, sketch=sketch, sketch_layers=sketch_layers, copies=copies, scaler=scaler, ranks=ranks
         )
         self._tap: Tap = tap_model(model, self._head, tap, self._arrived)
         self._audit_every = audit_every
@@ -75,7 +80,7 @@ class Probe:
         if audit_every is not None and minimised is not None:
             self._auditor = StepAuditor(model, minimised, self._tap)
         self._black_box = None
-        if black_box:
+        if black_box and ranks.rank == 0:
             self._black_box = BlackBox(
                 parts=ModelParts(model, self._head, temperature),
                 optimizer=optimizer,
@@ -98,6 +103,7 @@ class Probe:
         self._candidates: list[Candidates] = []
         self._measured: list[Columns] = []
         self._losses: list[Tensor] = []
+        self._summed = False
         self._mismatches: list[Tensor] = []
         self._sequences = 0
         self._completion_tokens = 0
@@ -105,6 +111,8 @@ class Probe:
         self._step = writer.next_update
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
+        self._unwritten = 0
+        self._on_update = on_update
         self._warned: set[str] = set()
         self._flushed = time.monotonic()
         self._started = self._flushed - writer.seconds
@@ -120,6 +128,8 @@ class Probe:
         loss: Tensor | float | None = None,
         advantage_ids: Tensor | None = None,
         old_logits: Tensor | None = None,
+        divided_by: float = 1.0,
+        summed: bool = False,
     ) -> None:
         """Say what the next backward pass is about. Optional; before it, once for each forward pass that it covers.
 
@@ -135,6 +145,8 @@ class Probe:
             advantage_ids: (B, T, K) token ids the advantages belong to.
             old_logits: (M, V), the rollout policy's logits of the M completion tokens, in the order of
                 `action_mask.nonzero()`; target objectives need them for their misfit.
+            divided_by: what `loss` has been divided by for gradient accumulation already.
+            summed: the update's loss is the sum of its backward passes' losses, each a part of it, not their mean.
 
         Raises:
             ValueError: a wrong shape, no completion token, a NaN among the completion tokens. Names the argument.
@@ -148,9 +160,10 @@ class Probe:
         }
         self._batches.append(BatchRecord(input_ids, given, old_logits))
         if loss is not None:
-            self._losses.append(torch.as_tensor(loss).detach().mean())
+            self._losses.append(torch.as_tensor(loss).detach().mean() * divided_by)
+            self._summed = summed
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-                loss.register_hook(self._multiplied)
+                loss.register_hook(lambda gradient: self._multiplied(gradient, divided_by))
         if self._black_box is not None:
             self._black_box.told(self._batches[-1], loss)
 
@@ -158,11 +171,13 @@ class Probe:
         """Write the black box now: the batches of the last updates, and of the one under way.
 
         Returns:
-            The folder it was written to; None, with a warning, if the disk refused.
+            The folder it was written to; None where another process writes, and, with a warning, if the disk refused.
 
         Raises:
             ValueError: attached with `black_box=0`.
         """
+        if self._ranks.rank:
+            return None
         if self._black_box is None:
             raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
         return self._black_box.dump(self._step, reason)
@@ -171,13 +186,26 @@ class Probe:
         """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
         if self._black_box is not None:
             self._black_box.settle()
-        while self._pending:  # one by one: if one raises, those before it are not added again
-            self._write(self._pending.pop(0))
+        self.collect()
         self._writer.flush()
+        self._unwritten = 0
         self._flushed = time.monotonic()
 
-    def close(self) -> None:
-        """Take every hook off and flush. The model is as it was before `attach`."""
+    def collect(self) -> None:
+        """Make the rows of everything recorded so far, which waits for the device; the folder has them at a flush."""
+        while self._pending:  # one by one: if one raises, those before it are not added again
+            self._write(self._pending.pop(0))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Take every hook off and flush. The model is as it was before `attach`.
+
+        failed: training raised, perhaps in this process alone: nothing is exchanged with others any more, and of the
+            updates since the last flush only process 0's tokens are written. The black box has a last look.
+        """
+        if failed:
+            self._ranks = replace(self._ranks, size=1)
+            if self._black_box is not None:
+                self._black_box.stopped(self._step)
         self._tap.remove()
         if self._auditor is not None:
             self._auditor.remove()
@@ -196,13 +224,11 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._black_box is not None:
-            self._black_box.stopped(self._step)
-        self.close()
+        self.close(failed=error is not None)
 
-    def _multiplied(self, gradient: Tensor) -> None:
+    def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
         """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
-        self._factor = gradient.detach().double().reshape(())
+        self._factor = gradient.detach().double().reshape(()) / divided_by
 
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
@@ -248,7 +274,7 @@ class Probe:
             position=place - first[sequence],
             actions=actions,
             weight=weight,
-            factor=factor.to(weight.device).expand(len(rows)),
+            factor=(factor * self._ranks.size).to(weight.device).expand(len(rows)),  # the step is made of their mean
             batch=None if batch is None else batch.rows(sequence, place, rows, actions),
         )
         self._sequences += ids.shape[0]
@@ -321,12 +347,13 @@ class Probe:
     def _before_step(self) -> None:
         if not self._backwards:
             raise TapError(silence(self._tap))
+        head = self._head if self._head is None or self._tap.kind == "logits" else self._head.gathered()
         if self._candidates:
             kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(self._candidates, kept, strict=True):
                 if len(rows):
                     part = replace(some[rows], weight=some.weight[rows] * growth)
-                    self._measured.append(measure(part, self._objective, self._head, self._temperature))
+                    self._measured.append(measure(part, self._objective, head, self._temperature))
         elif self._measured:
             kept = choose([_size(columns) for columns in self._measured], self._budget, self._rng)
             self._measured = [
@@ -361,28 +388,32 @@ class Probe:
                 "sketches": sketches,
                 "measured": self._measured,
                 "losses": self._losses,
+                "summed": self._summed,
                 "mismatches": self._mismatches,
                 "tokens": self._completion_tokens,
+                "sequences": self._sequences,
             }
         )
         self._measured, self._losses, self._mismatches = [], [], []
         self._batches = []
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
-        if len(self._pending) >= self._flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        self._unwritten += 1
+        late = self._ranks.size == 1 and time.monotonic() - self._flushed > FLUSH_SECONDS  # clocks differ
+        if self._unwritten >= self._flush_every or late:
             self.flush()
 
     def _write(self, update: Mapping[str, Any]) -> None:
         """One update's rows. The only place that waits for the device."""
-        if any(bool(mismatch) for mismatch in update["mismatches"]):
+        step = update["step"]
+        seen = together(self._ranks, update)
+        if seen.mismatch:
             warnings.warn(
-                f"update {update['step']}: batch() was given other input_ids than the model saw; advantages and old "
+                f"update {step}: batch() was given other input_ids than the model saw; advantages and old "
                 "log-probabilities of this update belong to other tokens",
                 stacklevel=2,
             )
-        step = update["step"]
-        parts = update["measured"]
-        tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]} if parts else {}
+        tokens = seen.tokens
         if tokens:
             if tokens.pop("contradicts").any():
                 self._warn(
@@ -408,17 +439,18 @@ class Probe:
         for vector, layer, values in update["sketches"]:
             content = values.cpu().numpy().astype("<f4").tobytes()
             self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
-        losses = [float(loss) for loss in update["losses"]]
         row: dict[str, object] = {
             "step": step,
             "seconds": update["seconds"],
             "objective": None if self._objective is None else self._objective.name,
-            "loss": sum(losses) / len(losses) if losses else None,
-            "tokens": update["tokens"],
+            "loss": seen.loss,
+            "tokens": seen.count,
             **{name: float(value) for name, value in update["values"].items()},
             **summarise(tokens),
         }
         self._writer.add("updates", {name: [value] for name, value in row.items()})
+        if self._on_update is not None:
+            self._on_update(row)
 
     def _warn(self, message: str) -> None:
         """Once for each kind of message, whatever the update."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.sketch import LinearSketch
+from lcogeom.recording.ranks import Ranks, first_row, local
 from lcogeom.recording.threads import in_threads
 
 SEED = 0  # one for all runs: their sketches are comparable
@@ -162,17 +163,19 @@ class SketchedSteps:
         return [*found, (vector, None, cells.sum(0).float())]
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(parameter._version, parameter.data_ptr()) for parameter in self._parameters]
+        return [(part._version, part.data_ptr()) for part in map(local, self._parameters)]
 
 
 class Sketcher:
     """Sketches lists of tensors shaped like the parameters (None stands for zeros), whole or by layer too."""
 
-    def __init__(self, parameters: Sequence[Tensor], layers: Sequence[str], size: int, by_layer: bool) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], layers: Sequence[str], size: int, by_layer: bool, ranks: Ranks
+    ) -> None:
         """layers: of each parameter. by_layer: store each layer's sketch too; all of them add up to the whole's."""
         if size < 2:
             raise ValueError(f"sketch: {size}; must be at least 2, or 0 for none.")
-        self.layers, self.by_layer = layers, by_layer
+        self.layers, self.by_layer, self._ranks = layers, by_layer, ranks
         self._size, self._device = size, parameters[0].device
         self._starts = [0]
         for parameter in parameters:
@@ -199,11 +202,13 @@ class Sketcher:
             total = LinearSketch(self._size, SEED, self._device, dtype)
             for place in places:
                 tensor = tensors[place]
-                if tensor is not None:
-                    total.add(tensor, self._starts[place])
+                if tensor is not None and self._ranks.counts(tensor):
+                    part = local(tensor)
+                    total.add(part, self._starts[place] + first_row(tensor) * (part[:1].numel()))
             return total.result()
 
-        return in_threads(work, parts, self._device)
+        found = in_threads(work, parts, self._device)
+        return list(self._ranks.total(torch.stack(found))) if self._ranks.sharded else found
 
 
 class _Sum:

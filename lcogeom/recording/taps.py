@@ -71,20 +71,21 @@ def tap_model(model: torch.nn.Module, head: OutputHead | None, kind: str, on_bac
     last: LastHidden | None = None
     taken: dict[str, bool] = {}  # of the latest forward pass: whether a gradient came at the logits
 
-    def watch_hidden(hidden: Tensor, ids: Tensor | None) -> Callable[[], None]:
+    def watch_hidden(hidden: Tensor, ids: Tensor | None, again: bool) -> Callable[[], None]:
         nonlocal taken
-        taken = now = {"logits": False}
-        handle = _watch(
-            hidden,
-            lambda values, gradient, ids: (
-                None if now["logits"] else on_backward(Sighting("hidden", values, gradient, ids))
-            ),
-            ids,
-            lambda: _refuse("hidden states", "Work on a clone."),
-        )
+        if not again:
+            taken = {"logits": False}
+        now, forgotten = taken, [False]  # compiled code may keep a hook that was taken off
+
+        def arrived(values: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
+            if not now["logits"] and not forgotten[0]:
+                on_backward(Sighting("hidden", values, gradient, ids))
+
+        handle = _watch(hidden, arrived, ids, lambda: _refuse("hidden states", "Work on a clone."))
         tap.forwards += handle is not None
 
         def forget() -> None:
+            forgotten[0] = True
             if handle is not None:
                 handle.remove()
                 tap.forwards -= 1

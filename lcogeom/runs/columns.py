@@ -41,7 +41,11 @@ COLUMNS: list[Column] = [
     Column("updates", "seconds", "float64", "s", "wall time from attach() to the end of this update"),
     Column("updates", "objective", "string", "", "the objective named at attach(), null where none was"),
     Column(
-        "updates", "loss", "float64", "loss", "mean over the update's backward passes of the loss handed to batch()"
+        "updates",
+        "loss",
+        "float64",
+        "loss",
+        "of the losses handed to batch(): mean over the update's backward passes, or sum where each is a part of it",
     ),
     Column("updates", "grad_norm", "float64", "loss / weight", "Euclidean norm of the gradient before clipping"),
     Column("updates", "grad_norm_clipped", "float64", "loss / weight", "the same as the optimiser received it"),
@@ -51,7 +55,8 @@ COLUMNS: list[Column] = [
         "float64",
         "loss / weight",
         "unweighted mean of the Frobenius norms of all query, key and value projection gradients, before clipping; "
-        "fused projections are split (arXiv 2603.00963's measure, systems.md 1.4)",
+        "fused projections are split, those of latent attention lead from the latents (arXiv 2603.00963's measure, "
+        "systems.md 1.4)",
     ),
     Column(
         "updates",

@@ -93,6 +93,40 @@ def test_a_fused_loss_that_never_builds_logits(model_type: str, tmp_path: Path) 
     assert tokens["misfit"].max() < 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_loop_that_calls_base_model_and_head_itself(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type).eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, run=tmp_path / "run"):
+        hidden = model.base_model(input_ids=ids).last_hidden_state[:, 4:-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 5:].flatten()).backward()
+        optimizer.step()
+    tokens = lg.load_run(tmp_path / "run").tokens
+    assert tokens["token_id"].tolist() == ids[:, 5:].flatten().tolist()
+    assert tokens["d1"].tolist() == pytest.approx([-1 / 14] * 14, rel=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["hidden", pytest.param("auto", marks=pytest.mark.slow)])
+def test_compiled_after_attach(tap: str, tmp_path: Path) -> None:
+    """BERT's head changes the hidden state: which tensor enters it is found in the first pass, itself compiled."""
+    torch.compiler.reset()
+    model = build("bert").eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, run=tmp_path / "run", tap=tap):
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits = compiled(input_ids=ids).logits[:, 4:-1].flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, ids[:, 5:].flatten()).backward()
+            optimizer.step()
+    tokens = lg.load_run(tmp_path / "run").tokens
+    assert tokens["token_id"].tolist() == 2 * ids[:, 5:].flatten().tolist()
+    assert tokens["d1"].tolist() == pytest.approx([-1 / 14] * 28, rel=1e-4)
+    assert tokens["misfit"].max() < 1e-4
+
+
 def test_the_outermost_module_that_returns_has_the_last_word(tmp_path: Path) -> None:
     """A base model that transforms its decoder's output: the head follows the base model, not the decoder."""
     model = build("gemma3").eval()

@@ -1,0 +1,60 @@
+"""What the taps saw of one update, in all processes together, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lcogeom.recording.ranks import Ranks
+from lcogeom.runs.columns import COLUMNS
+
+NAMES = [c.name for c in COLUMNS if c.table == "tokens" and c.name not in ("step", "text")] + ["contradicts"]
+WHOLE = ("sequence", "position", "token_id")  # numbers that are integers
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Of one update."""
+
+    tokens: dict[str, np.ndarray]
+    """Columns of the tokens table and `contradicts`; empty where no token was seen."""
+    loss: float | None
+    count: int
+    """Completion tokens."""
+    mismatch: bool
+    """Whether batch() was given other input ids than the model saw."""
+
+
+def together(ranks: Ranks, update: Mapping[str, Any]) -> Seen:
+    """Wait for the device, and for the other processes, which call this for the same update."""
+    losses = [float(loss) for loss in update["losses"]]
+    loss = sum(losses) / (1 if update["summed"] else len(losses)) if losses else None
+    mismatch = any(bool(found) for found in update["mismatches"])
+    parts = update["measured"]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    if ranks.size == 1:
+        tokens = {name: column.cpu().numpy() for name, column in columns.items()}
+        return Seen(tokens, loss, update["tokens"], mismatch)
+
+    numbers = [update["tokens"], update["sequences"], mismatch, loss is not None, 0.0 if loss is None else loss]
+    facts = torch.cat(ranks.gather(torch.tensor([numbers], dtype=torch.float64)))  # (processes, 5)
+    everyones = ranks.gather_columns(columns, NAMES)
+    shift = 0
+    for rank, theirs in enumerate(everyones):  # sequences are counted through the processes
+        theirs["sequence"] = theirs["sequence"] + shift
+        shift += int(facts[rank, 1])
+    joined = {name: torch.cat([theirs[name] for theirs in everyones]).numpy() for name in NAMES}
+    for name in WHOLE:
+        joined[name] = joined[name].astype(np.int64)
+    joined["contradicts"] = joined["contradicts"] > 0
+    known = facts[:, 3].sum()
+    return Seen(
+        joined if len(joined["sequence"]) else {},
+        float(facts[:, 4].sum() / known) if known else None,
+        int(facts[:, 0].sum()),
+        bool(facts[:, 2].any()),
+    )
