@@ -67,7 +67,7 @@ def test_other_models_and_taps(tmp_path: Path) -> None:
 
 
 def compare(case: str, tmp_path: Path) -> None:
-    how, name, tap, backwards = case.split("_")
+    _, name, tap, backwards = case.split("_")
     model, tasks = half.model_and_tasks(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with lg.attach(model, optimizer, tmp_path / "one", **half.options(tap)) as probe:
@@ -101,7 +101,7 @@ def compare(case: str, tmp_path: Path) -> None:
         a, b = (np.asarray(getattr(found, vector)) for found in sketches)
         assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(b), vector
 
-    if how == "ddp":
+    if backwards == "accumulate":
         assert "FileExistsError: run:" in (tmp_path / "taken-0").read_text()
         assert "RuntimeError: run: process 0 could not" in (tmp_path / "taken-1").read_text()
         broken = lg.load_run(tmp_path / "broken")
@@ -109,3 +109,9 @@ def compare(case: str, tmp_path: Path) -> None:
         seen = broken.tokens.groupby("step").size().tolist()
         assert seen[:2] == one.updates["tokens"].tolist()[:2]
         assert 0 < seen[2] < seen[1]  # what process 0 had seen since the last flush
+        asked, poisoned = lg.load_run(tmp_path / "boxed").black_box()
+        assert asked.reason == "asked"
+        assert asked.batches[-1].tensors()["input.input_ids"].tolist() == tasks[1].input_ids[:2].tolist()  # process 0's
+        assert poisoned.step == half.UPDATES
+        assert poisoned.first_non_finite.what == "gradient"  # its own loss is finite: the other's was not
+        assert "did not run again" in poisoned.note

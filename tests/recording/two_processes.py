@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -111,7 +112,7 @@ def main(folder: Path, how: str, name: str, tap: str, accumulate: bool) -> None:
         ends.append([(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in tensors])
     same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     (folder / f"identical-{rank}").write_text(str(same))
-    if how == "ddp":
+    if accumulate:
         manners(folder, trained, optimizer, mine, defer)
 
 
@@ -129,6 +130,18 @@ def manners(
             raise OverflowError("the user's own")
     except OverflowError:
         pass
+    with (
+        warnings.catch_warnings(record=True),
+        lg.attach(model, optimizer, folder / "boxed", **options("auto")) as probe,
+    ):
+        warnings.simplefilter("always")
+        updates(model, optimizer, tasks, probe, defer)
+        probe.dump("asked")
+        defer(True)
+        loss = loss_of_rows(model, tasks[0]) * (math.inf if dist.get_rank() else 1.0)
+        probe.batch(input_ids=tasks[0].input_ids, loss=loss)
+        loss.backward()
+        optimizer.step()
 
 
 if __name__ == "__main__":
