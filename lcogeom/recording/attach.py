@@ -138,7 +138,9 @@ def attach(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    same = ["objective", "vocabulary", "tap", "sketch", "sketch_layers"] + ["labels"] * (labels is not None)
+    same = ["objective", "vocabulary", "tap", "temperature", "sketch", "sketch_layers"] + ["labels"] * (
+        labels is not None
+    )
     writer = _writer(ranks, run, meta, resume, same)
     try:
         return Probe(

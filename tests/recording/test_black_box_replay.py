@@ -264,7 +264,7 @@ def test_a_tied_model_s_weights(tmp_path: Path, device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_explodes_and_runs_again(tmp_path: Path, device: torch.device) -> None:
-    """The same on a real model of 135M parameters: about two minutes on one core."""
+    """The same on a real model of 135M parameters: one minute of one core."""
     loaded = load_model("smollm2", device=device)
     with pytest.warns(UserWarning, match="black box: update 6"):
         seen = explode(loaded, tmp_path / "run", at=6, updates=8, learning_rate=1e-5, problems=2)
@@ -274,7 +274,6 @@ def test_smollm2_explodes_and_runs_again(tmp_path: Path, device: torch.device) -
     for entry in entries:
         entry.load_weights(loaded.model)
         again = lg.replay_batch(entry.batches[-1], loaded.model)
-        print(entry.step, entry.reason, again.loss, again.recorded_loss, entry.first_non_finite)
         assert again.loss == pytest.approx(seen.losses[entry.step], rel=1e-4, abs=1e-6)
         rows = run.tokens[run.tokens["step"] == entry.step]
         heaviest = rows.loc[rows["logit_grad_norm"].astype(float).fillna(np.inf).idxmax()]  # not finite: the first

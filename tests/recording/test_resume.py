@@ -81,6 +81,7 @@ def test_the_same_command_twice(tmp_path: Path, device: torch.device) -> None:
         ({"objective": "sft"}, "objective="),
         ({"objective": lg.objective("ppo", clip_high=0.3)}, "clip_high"),
         ({"tap": "logits"}, "tap="),
+        ({"temperature": 0.5}, "temperature=1.0, not 0.5"),
         ({"sketch": 64}, "sketch=256, not 64"),
         ({"sketch_layers": True}, "sketch_layers=False, not True"),
         ({"labels": {"seed": 1}}, "labels="),
