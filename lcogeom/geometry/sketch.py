@@ -87,7 +87,9 @@ class LinearSketch:
         self._size, self._seed, self._device = size, seed, torch.device(device)
         self._length = size * -(-BLOCK // size)
         self._piece = max(self._length, PIECE if self._device.type == "cpu" else GPU_PIECE)
+        self._most = self._length**2 if self._device.type == "cpu" else self._piece  # indexed at once on a GPU
         self._sum = torch.zeros(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
+        self._converted = torch.empty(0, dtype=dtype, device=device)
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
@@ -97,7 +99,7 @@ class LinearSketch:
                 done = 0
                 while done < len(values):
                     group, place = divmod(start + done, self._length**2)
-                    length = min(len(values) - done, self._length**2 - place, self._piece)
+                    length = min(len(values) - done, self._length**2 - place, self._most)
                     part = values[done : done + length].to(self._device)
                     add(part, group, *divmod(place, self._length))
                     done += length
@@ -112,12 +114,16 @@ class LinearSketch:
         """Add a stretch of one group, from place `inside` of `block` on: one call for each block, so they are bare."""
         size, total = self._length, self._sum
         pieces = (values[: size - inside], *values[size - inside :].split(size))
-        tau, *drawn = _draws(size, self._seed, group)
-        tau = tau.to(total.dtype)
+        _, *drawn = _draws(size, self._seed, group)
+        tau = _tau(size, self._seed, group, total.dtype)
         rotations, signs = (some[block : block + len(pieces)].tolist() for some in drawn)
+        convert = values.dtype != total.dtype
+        if convert and not len(self._converted):
+            self._converted = total.new_empty(size)  # one for all: fresh memory for each block costs as much again
         for piece, rotation, sign in zip(pieces, rotations, signs, strict=False):  # split() of nothing: an empty piece
             into, length = rotation + inside, len(piece)
-            total[into : into + length].addcmul_(piece.to(total.dtype), tau[inside : inside + length], value=sign)
+            part = self._converted[:length].copy_(piece) if convert else piece
+            total[into : into + length].addcmul_(part, tau[inside : inside + length], value=sign)
             inside = 0
 
     def _add_indexed(self, values: Tensor, group: int, block: int, inside: int) -> None:
@@ -151,6 +157,11 @@ def _draws(length: int, seed: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     words = _words(3 * length, seed, group).reshape(3, length)
     tau, signs = ((some >> np.uint64(63)).astype(np.int64) * 2 - 1 for some in words[::2])
     return torch.from_numpy(tau.astype(np.float32)), _permutation(words[1]), torch.from_numpy(signs)
+
+
+@lru_cache(maxsize=64)
+def _tau(length: int, seed: int, group: int, dtype: torch.dtype) -> Tensor:
+    return _draws(length, seed, group)[0].to(dtype)
 
 
 @lru_cache(maxsize=64)

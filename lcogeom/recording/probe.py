@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -24,8 +22,7 @@ from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head, vocabulary_size
 from lcogeom.recording.passes import ModelParts
 from lcogeom.recording.ranks import NoWriter, Ranks
-from lcogeom.recording.seen import together
-from lcogeom.recording.summary import summarise
+from lcogeom.recording.rows import UpdateRows
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
 from lcogeom.runs.store import RunWriter
@@ -67,8 +64,7 @@ class Probe:
         self._budget = max(1, tokens_per_update // ranks.size)
         self._flush_every = flush_every
         self._rng = torch.Generator().manual_seed(seed)
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+        self._rows = UpdateRows(writer, ranks, minimised, tokenizer, on_update)
         self._head, self._vocabulary = output_head(model), vocabulary_size(model)
         self._temperature = temperature
         self._meter = GradientMeter(
@@ -87,7 +83,7 @@ class Probe:
                 tap=self._tap,
                 objective=minimised,
                 run=self.path,
-                text=self._text,
+                text=self._rows.text,
                 updates=black_box,
                 spike=spike,
                 weights=black_box_weights,
@@ -112,8 +108,6 @@ class Probe:
         self._now: dict[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._unwritten = 0
-        self._on_update = on_update
-        self._warned: set[str] = set()
         self._flushed = time.monotonic()
         self._started = self._flushed - writer.seconds
 
@@ -194,7 +188,7 @@ class Probe:
     def collect(self) -> None:
         """Make the rows of everything recorded so far, which waits for the device; the folder has them at a flush."""
         while self._pending:  # one by one: if one raises, those before it are not added again
-            self._write(self._pending.pop(0))
+            self._rows.write(self._pending.pop(0))
 
     def close(self, *, failed: bool = False) -> None:
         """Take every hook off and flush. The model is as it was before `attach`.
@@ -203,7 +197,7 @@ class Probe:
             updates since the last flush only process 0's tokens are written. The black box has a last look.
         """
         if failed:
-            self._ranks = replace(self._ranks, size=1)
+            self._ranks = self._rows.ranks = replace(self._ranks, size=1)
             if self._black_box is not None:
                 self._black_box.stopped(self._step)
         self._tap.remove()
@@ -327,7 +321,7 @@ class Probe:
     def _forget_skipped(self) -> None:
         """A new update begins though the last one's step never came: its gradients were thrown away."""
         if self._backwards and self._meter.gradients_gone():
-            self._warn(
+            self._rows.warn(
                 f"update {self._step}: gradients were thrown away without a step (a loss scaler does so when they "
                 "overflow); the recorder forgot their tokens as well."
             )
@@ -402,73 +396,6 @@ class Probe:
         late = self._ranks.size == 1 and time.monotonic() - self._flushed > FLUSH_SECONDS  # clocks differ
         if self._unwritten >= self._flush_every or late:
             self.flush()
-
-    def _write(self, update: Mapping[str, Any]) -> None:
-        """One update's rows. The only place that waits for the device."""
-        step = update["step"]
-        seen = together(self._ranks, update)
-        if seen.mismatch:
-            warnings.warn(
-                f"update {step}: batch() was given other input_ids than the model saw; advantages and old "
-                "log-probabilities of this update belong to other tokens",
-                stacklevel=2,
-            )
-        tokens = seen.tokens
-        if tokens:
-            if tokens.pop("contradicts").any():
-                self._warn(
-                    f"update {step}: at some tokens the gradient has the opposite sign of what "
-                    f"{self._objective!r} says; their `convex` is left empty. Are these the advantages it trains on?"
-                )
-            elif self._objective is not None and np.isnan(tokens["convex"]).all():
-                self._warn(
-                    f"update {step}: `convex` stays empty, because {self._objective!r} could not be evaluated: its "
-                    "logits are not finite, or probe.batch(...) was not given what it needs."
-                )
-            ids = tokens["token_id"].tolist()
-            self._writer.add("tokens", {**tokens, "text": [self._text(i) for i in ids], "step": [step] * len(ids)})
-        before, clipped = (update["values"].get(name) for name in ("grad_norm", "grad_norm_clipped"))
-        if before is not None and bool(before.isnan()) and bool(clipped.isfinite()):
-            self._warn(
-                f"update {step}: `grad_norm` stays empty, because the gradient was changed entry by entry between the "
-                "backward pass and the step (clip_grad_value_?); `grad_norm_clipped` is what the optimiser got."
-            )
-        norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
-        norms["step"] = [step] * len(norms["name"])
-        self._writer.add("norms", norms)
-        for vector, layer, values in update["sketches"]:
-            content = values.cpu().numpy().astype("<f4").tobytes()
-            self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
-        row: dict[str, object] = {
-            "step": step,
-            "seconds": update["seconds"],
-            "objective": None if self._objective is None else self._objective.name,
-            "loss": seen.loss,
-            "tokens": seen.count,
-            **{name: float(value) for name, value in update["values"].items()},
-            **summarise(tokens),
-        }
-        self._writer.add("updates", {name: [value] for name, value in row.items()})
-        if self._on_update is not None:
-            self._on_update(row)
-
-    def _warn(self, message: str) -> None:
-        """Once for each kind of message, whatever the update."""
-        kind = message.partition(": ")[2]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, stacklevel=2)
-
-    def _text(self, token: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode([token])
-        return self._texts[token]
-
-
-def _number(value: object) -> object:
-    return float(value) if isinstance(value, Tensor) else value
 
 
 def _norm_of_rows(gradient: Tensor) -> Tensor:

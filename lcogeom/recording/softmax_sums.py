@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcogeom.recording.threads import in_threads
-
 CPU_CHUNK = 24_576  # elements worked on together: 192 KiB in float64, and torch wakes up no second thread for so few
 GPU_CHUNK = 2**23
 LOWEST = -1e4  # exp of it is 0 in float64: logits of -inf count as such, without NaN
@@ -79,28 +77,34 @@ def softmax_sums(
     top.fill_(-torch.inf)
     chosen = logits.gather(1, actions[:, None]).double()
 
-    def work(rows: slice) -> None:
+    # Two buffers for all chunks: fresh memory for each would cost as much as the arithmetic.
+    places = None if len(columns) == 1 else actions.tolist()  # rows are cut on the CPU only, and there one at a time
+    memory = torch.empty(2, min(deep, count), min(most, width), dtype=torch.float64, device=logits.device)
+    for start in range(0, count, deep):
+        rows = slice(start, min(start + deep, count))
+        place = None if places is None else places[start]
         for some in columns:
-            z = _without(logits[rows, some].clone(), actions[rows], some, -torch.inf)
+            z = logits[rows, some]
+            if _holds(place, some):
+                z = _without(z.clone(), actions[rows], place, some, -torch.inf)
             top[rows] = torch.maximum(top[rows], z.amax(1, keepdim=True).double())
         for some in columns:
-            z = logits[rows, some].to(torch.float64, copy=True)
-            z = _without(z.sub_(top[rows]).clamp_(min=LOWEST), actions[rows], some, LOWEST)
-            w = z.exp()
+            z, w = memory[:, : rows.stop - rows.start, : some.stop - some.start]
+            z.copy_(logits[rows, some]).sub_(top[rows]).clamp_(min=LOWEST)
+            _without(z, actions[rows], place, some, LOWEST)
+            torch.exp(z, out=w)
             total[rows] += w.sum(1, keepdim=True)
-            squares[rows] += torch.linalg.vecdot(w, w)[:, None]
-            weighted[rows] += torch.linalg.vecdot(w, z)[:, None]
-            if seen is not None:
-                g = z.copy_(seen[rows, some])
-                along[rows] -= torch.linalg.vecdot(w, g)[:, None]
-                seen_squares[rows] += torch.linalg.vecdot(g, g)[:, None]
+            squares[rows] += _dot(w, w)
+            weighted[rows] += _dot(w, z)
             if others is not None:
                 others[rows, some] = w
+            if seen is not None:
+                g = z.copy_(seen[rows, some])
+                along[rows] -= _dot(w, g)
+                seen_squares[rows] += _dot(g, g)
         if others is not None:
             for some in columns:
                 others[rows, some] /= total[rows]
-
-    in_threads(work, [slice(row, min(row + deep, count)) for row in range(0, count, deep)], logits.device)
     if seen is not None:
         along = along / total + seen.gather(1, actions[:, None]).double()
     return SoftmaxSums(
@@ -112,8 +116,20 @@ def softmax_sums(
     )
 
 
-def _without(z: Tensor, actions: Tensor, columns: slice, value: float) -> Tensor:
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(n, 1): of each row; of a single one without a product in between."""
+    return torch.dot(a[0], b[0])[None, None] if len(a) == 1 else torch.linalg.vecdot(a, b)[:, None]
+
+
+def _holds(place: int | None, columns: slice) -> bool:
+    """Whether these columns hold the row's action; None: they are whole rows."""
+    return place is None or columns.start <= place < columns.stop
+
+
+def _without(z: Tensor, actions: Tensor, place: int | None, columns: slice, value: float) -> Tensor:
     """z with the value at each row's action, where that is one of these columns; in place."""
-    place = actions - columns.start
-    at = place.clamp(0, z.shape[1] - 1)[:, None]
-    return z.scatter_(1, at, torch.where((at.squeeze(1) == place)[:, None], value, z.gather(1, at)))
+    if place is None:
+        z.scatter_(1, actions[:, None], value)
+    elif _holds(place, columns):
+        z[0, place - columns.start] = value
+    return z

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from lcogeom.geometry.sketch import LinearSketch
 from lcogeom.recording.ranks import Ranks, first_row, local
-from lcogeom.recording.threads import in_threads
 
 SEED = 0  # one for all runs: their sketches are comparable
 PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
-JOBS = 16  # parts of a gradient that threads share out
 
 StoredSketch = tuple[str, str | None, Tensor]
 """(vector: 'gradient', 'step' or 'weights'; layer, None for the whole; (size,) float32)."""
@@ -192,8 +190,7 @@ class Sketcher:
                 (vector, layer, sign * part) for layer, part in zip(places, parts, strict=True)
             ]
             return [*found, (vector, None, sign * torch.stack(parts).sum(0))]
-        jobs = [list(range(len(tensors)))[job::JOBS] for job in range(min(JOBS, len(tensors)))]
-        return [(vector, None, sign * torch.stack(self.parts(tensors, jobs, torch.float32)).sum(0))]
+        return [(vector, None, sign * self.parts(tensors, [list(range(len(tensors)))], torch.float32)[0])]
 
     def parts(self, tensors: Sequence[Tensor | None], parts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
         """The sketch of the tensors at each part's places, (size,) of that dtype."""
@@ -207,7 +204,8 @@ class Sketcher:
                     total.add(part, self._starts[place] + first_row(tensor) * (part[:1].numel()))
             return total.result()
 
-        found = in_threads(work, parts, self._device)
+        with torch.no_grad():
+            found = [work(places) for places in parts]
         return list(self._ranks.total(torch.stack(found))) if self._ranks.sharded else found
 
 

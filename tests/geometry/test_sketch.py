@@ -129,7 +129,7 @@ def test_the_random_numbers_never_change() -> None:
     assert found == RELEASED
 
 
-RELEASED = [(2207, 1.0), (1402, -1.0), (2433, -1.0), (1988, 1.0)]
+RELEASED = [(1281, 1.0), (978, -1.0), (1608, -1.0), (474, -1.0)]
 
 
 def test_empty_and_extreme(device: torch.device) -> None:
