@@ -9,6 +9,7 @@ W, sum w^2 and sum w (z - top'), without cancellation at saturated tokens (metho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 CPU_CHUNK = 24_576  # elements worked on together: 192 KiB in float64, and torch wakes up no second thread for so few
 GPU_CHUNK = 2**23
+LOG2_E = math.log2(math.e)
 LOWEST = -1e4  # exp of it is 0 in float64: logits of -inf count as such, without NaN
 
 
@@ -77,9 +79,9 @@ def softmax_sums(
     top.fill_(-torch.inf)
     chosen = logits.gather(1, actions[:, None]).double()
 
-    # Two buffers for all chunks: fresh memory for each would cost as much as the arithmetic.
+    # Three buffers for all chunks: fresh memory for each would cost as much as the arithmetic.
     places = None if len(columns) == 1 else actions.tolist()  # rows are cut on the CPU only, and there one at a time
-    memory = torch.empty(2, min(deep, count), min(most, width), dtype=torch.float64, device=logits.device)
+    memory = torch.empty(3, min(deep, count), min(most, width), dtype=torch.float64, device=logits.device)
     for start in range(0, count, deep):
         rows = slice(start, min(start + deep, count))
         place = None if places is None else places[start]
@@ -89,19 +91,19 @@ def softmax_sums(
                 z = _without(z.clone(), actions[rows], place, some, -torch.inf)
             top[rows] = torch.maximum(top[rows], z.amax(1, keepdim=True).double())
         for some in columns:
-            z, w = memory[:, : rows.stop - rows.start, : some.stop - some.start]
+            z, w, product = memory[:, : rows.stop - rows.start, : some.stop - some.start]
             z.copy_(logits[rows, some]).sub_(top[rows]).clamp_(min=LOWEST)
             _without(z, actions[rows], place, some, LOWEST)
-            torch.exp(z, out=w)
+            torch.mul(z, LOG2_E, out=w).exp2_()
             total[rows] += w.sum(1, keepdim=True)
-            squares[rows] += _dot(w, w)
-            weighted[rows] += _dot(w, z)
+            squares[rows] += _dot(w, w, product)
+            weighted[rows] += _dot(w, z, product)
             if others is not None:
                 others[rows, some] = w
             if seen is not None:
                 g = z.copy_(seen[rows, some])
-                along[rows] -= _dot(w, g)
-                seen_squares[rows] += _dot(g, g)
+                along[rows] -= _dot(w, g, product)
+                seen_squares[rows] += _dot(g, g, product)
         if others is not None:
             for some in columns:
                 others[rows, some] /= total[rows]
@@ -116,9 +118,9 @@ def softmax_sums(
     )
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(n, 1): of each row; of a single one without a product in between."""
-    return torch.dot(a[0], b[0])[None, None] if len(a) == 1 else torch.linalg.vecdot(a, b)[:, None]
+def _dot(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+    """(n, 1): of each row. torch.dot and torch.exp would wake up threads for chunks as short as these."""
+    return torch.mul(a, b, out=product).sum(1, keepdim=True)
 
 
 def _holds(place: int | None, columns: slice) -> bool:
