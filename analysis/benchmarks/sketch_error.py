@@ -207,7 +207,8 @@ def report(results: dict) -> str:
         f"{error['parameters'] * 4 / 2**20:.0f}."
         if results["memory"] is not None else "- **Memory**: not measured.",
         "- **Time** of one sketch and of the update whose gradient it sketches (forward, backward, AdamW): medians; "
-        "share: median [range] of the turns. The recorder makes two an update, of gradient and step.",
+        "share: median [range] of the turns. The recorder makes two an update: of the gradient, and of the weights, in "
+        "float64 and about twice as dear (with copies=True: of the step instead).",
         "", "| threads | batch | update, s | sketch, s | sketch / update |", "| ---: | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in results["cost"]:
