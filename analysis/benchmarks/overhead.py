@@ -1,12 +1,12 @@
 """What does the recorder cost: time and memory of an update with it, over the same update without it?
 
-    python analysis/benchmarks/overhead.py                  (12 minutes on 2 idle cores)
+    python analysis/benchmarks/overhead.py                  (20 minutes on 2 idle cores)
     python analysis/benchmarks/overhead.py --models tiny --out FILE         (1 minute)
 
 One update is forward, backward and AdamW of a GRPO-like loss on 8 x 128 tokens of a batch with advantages; the recorder
-is `lcogeom.attach` as it comes (256 tokens an update, sketches of 64 KiB), its flush every ten updates included. 20
-interleaved pairs of blocks of ten updates (SmolLM2: of two, one flush each): the same process, the same model, recorder
-on and off in turns. Peak memory: resident set of one process with and one without it.
+is `lcogeom.attach` as it comes (256 tokens an update, sketches of 64 KiB). 20 interleaved pairs of turns, in one process
+on one model, the recorder on and off; a turn is one update of SmolLM2 or ten of `tiny`, with its share of a flush. Peak
+memory: resident set of one process with and one without it.
 Writes overhead.json beside this file and the numbers into analysis/README.md.
 """
 
@@ -68,7 +68,7 @@ class Loop:
 
 
 def measure_time(name: str, threads: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of an update in each turn, without and with the recorder; a flush is made after each tenth update."""
+    """Seconds of an update in each turn, without and with the recorder, its share of a flush included."""
     torch.set_num_threads(threads)
     loop, updates = Loop(load_model(name), LENGTH[name]), UPDATES[name]
     seconds: dict[str, list[float]] = {"without": [], "with": []}
