@@ -95,7 +95,6 @@ class Probe:
         self._batches: list[BatchRecord] = []
         self._factor: Tensor | None = None
         self._in_backward = False
-        self._scaler = scaler
         self._candidates: list[Candidates] = []
         self._measured: list[Columns] = []
         self._losses: list[Tensor] = []

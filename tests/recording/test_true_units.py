@@ -280,3 +280,27 @@ def test_nothing_is_said_of_an_ordinary_run(tmp_path: Path, device: torch.device
             loss.backward()
             optimizer.step()
         probe.flush()
+
+
+@pytest.mark.parametrize("tap", ["hidden", "logits"])
+@pytest.mark.parametrize("objective", ["ppo", "lco-kld"])
+def test_blocks_of_tokens_change_nothing(
+    objective: str, tap: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a large vocabulary, of which few rows are looked at together: every row still belongs to its token."""
+    found = []
+    for elements in (2**20, 100):  # all tokens at once; two
+        monkeypatch.setattr("lcogeom.recording.tokens.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("lcogeom.recording.tokens.HEAD_ELEMENTS", elements)
+        model = build("llama", device)
+        task = make_task(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lg.attach(model, optimizer, tmp_path / f"{elements}", objective=objective, tap=tap) as probe:
+            tell(probe, task)
+            loss_of(model, task, lg.objective(objective)).backward()
+            optimizer.step()
+        found.append(lg.load_run(tmp_path / f"{elements}").tokens)
+    for column in ("token_id", "logprob", "entropy", "logit_grad_norm", "d1"):
+        np.testing.assert_allclose(
+            found[0][column].to_numpy(float), found[1][column].to_numpy(float), rtol=1e-4, atol=1e-7, err_msg=column
+        )

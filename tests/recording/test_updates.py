@@ -69,6 +69,9 @@ def test_norms_and_directions(copies: bool, tmp_path: Path, device: torch.device
         assert layers.loc["model.layers.1", "grad_norm"] == pytest.approx(
             float(torch.stack(first).sum().sqrt()), rel=1e-5
         )
+        group = run.norms[(run.norms["step"] == step) & (run.norms["scope"] == "group")]
+        for column in ("grad_norm", "update_norm"):
+            assert group[column].tolist() == pytest.approx([row[column]], rel=1e-5)
         for total, column in (("grad_norm", "grad_norm"), ("update_norm", "update_norm")):
             assert np.sqrt((layers[column] ** 2).sum()) == pytest.approx(row[total], rel=1e-5)
     assert np.isnan(updates["grad_cos_prev"].iloc[0])
