@@ -158,6 +158,8 @@ def train_reward_model(
         raise ValueError(f"loss: {loss!r}; must be one of {', '.join(LOSSES)}.")
     if loss == "dpo" and (reference is None or reference is model):
         raise ValueError("reference: DPO needs the model before training, as one of its own (copy.deepcopy(model)).")
+    if not pairs:
+        raise ValueError("pairs: none.")
     for name, number in (("updates", updates), ("pairs_per_update", pairs_per_update)):
         if number < 1:
             raise ValueError(f"{name}: {number}; must be at least 1.")
