@@ -183,12 +183,17 @@ def interval(changes: Tensor) -> tuple[float, float]:
 def test_its_dense_advantages_raise_right_answers(
     tiny: LoadedModel, pairs: tuple, verifier: transformers.PreTrainedModel, task: Task
 ) -> None:
-    """Problems of neither training. A verifier taught the pairs the wrong way round does the opposite."""
-    up, _ = interval(lco_with_dense_advantages(tiny, verifier, task))
+    """On problems of neither training, and by more than the untrained model as its own verifier, which sharpens too.
+
+    A verifier taught the pairs the wrong way round lowers them.
+    """
+    gain = lco_with_dense_advantages(tiny, verifier, task)
+    sharpened = lco_with_dense_advantages(tiny, tiny.model, task)
     swapped = [pref.Pair(pair.prompt, pair.rejected, pair.chosen) for pair in pairs[0]]
-    _, down = interval(lco_with_dense_advantages(tiny, trained(tiny, swapped, "qrm"), task))
-    assert up > 0
-    assert down < 0
+    loss = lco_with_dense_advantages(tiny, trained(tiny, swapped, "qrm"), task)
+    assert interval(gain)[0] > 0
+    assert interval(gain - sharpened)[0] > 0
+    assert interval(loss)[1] < 0
 
 
 def test_pairs_as_tokens(tiny: LoadedModel) -> None:
