@@ -1,5 +1,6 @@
 """The method, top to bottom: problems with checkable answers, rollouts, updates."""
 
+from lcogeom.training.old_policy import OldPolicy, keep_old_policy
 from lcogeom.training.replay import (
     DEFAULT_OBJECTIVES,
     ReplaySettings,
@@ -9,13 +10,17 @@ from lcogeom.training.replay import (
     replay,
     variant_objective,
 )
+from lcogeom.training.rollout import Sequences
 from lcogeom.training.tasks import Problem, arithmetic, read_problems, score
 
 __all__ = [
     "DEFAULT_OBJECTIVES",
+    "OldPolicy",
     "Problem",
     "ReplaySettings",
+    "Sequences",
     "arithmetic",
+    "keep_old_policy",
     "make_batch",
     "mean_loss",
     "one_update",

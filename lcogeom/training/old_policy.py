@@ -25,7 +25,7 @@ from lcogeom.recording.unwrap import require_plain_head, unwrap_model
 from lcogeom.training.rollout import Sequences
 
 ELSEWHERE = -100.0  # the authors' logit of every token outside the top k
-BLOCK = 2**24  # logits worked on together: 64 MiB in float32
+CPU_BLOCK, GPU_BLOCK = 2**22, 2**26  # logits worked on together: 16 and 256 MiB in float32
 
 
 class Kept(Protocol):
@@ -136,7 +136,7 @@ def keep_old_policy(
     """Keep what gives the model's logits at the completion tokens of a rollout back, after it has been trained further.
 
     One forward pass, in eval mode (no dropout, as when sampling), that leaves the model and the random generators as
-    they were. Logits are held for at most 2^24 / V tokens at once.
+    they were. Logits are held for at most 2^22 / V tokens at once (on a GPU 2^26 / V).
 
     Args:
         model: a causal LM, bare or in DDP, FSDP2 or PEFT. Under autocast, call this and `OldPolicy.logits` under the
@@ -174,7 +174,8 @@ def keep_old_policy(
     states = HiddenStates(_hidden_states(model, inner, live, sequences, rows_per_pass), head, copied)
     chosen = sequences.input_ids[mask]
     logprobs, top = [], []
-    whole, rows = head.gathered(), max(1, BLOCK // head.vocabulary)
+    most = CPU_BLOCK if chosen.device.type == "cpu" else GPU_BLOCK
+    whole, rows = head.gathered(), max(1, most // head.vocabulary)
     for some in torch.arange(len(chosen), device=chosen.device).split(rows):
         logits = whole.logits(states.states[some])
         scaled = logits.float() / temperature

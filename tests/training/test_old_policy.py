@@ -237,7 +237,8 @@ def test_no_logits_of_all_tokens_are_ever_made(device: torch.device, monkeypatch
     """The forward pass makes logits of the last position alone; the log-probabilities are made in blocks."""
     model = build("llama", device)
     sequences = rollout(model)
-    monkeypatch.setattr("lcogeom.training.old_policy.BLOCK", 41 * 6)
+    for name in ("CPU_BLOCK", "GPU_BLOCK"):
+        monkeypatch.setattr(f"lcogeom.training.old_policy.{name}", 41 * 6)
     rows = []
     linear = torch.nn.functional.linear
 
