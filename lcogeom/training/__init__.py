@@ -11,7 +11,7 @@ from lcogeom.training.replay import (
     variant_objective,
 )
 from lcogeom.training.rollout import Sequences
-from lcogeom.training.tasks import Problem, arithmetic, read_problems, score
+from lcogeom.training.tasks import Problem, Task, arithmetic, load_task, read_problems, score
 
 __all__ = [
     "DEFAULT_OBJECTIVES",
@@ -19,8 +19,10 @@ __all__ = [
     "Problem",
     "ReplaySettings",
     "Sequences",
+    "Task",
     "arithmetic",
     "keep_old_policy",
+    "load_task",
     "make_batch",
     "mean_loss",
     "one_update",
