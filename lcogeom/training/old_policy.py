@@ -150,8 +150,8 @@ def keep_old_policy(
         temperature: that `old_logprobs` are of, the one sampled with. Old logits are never divided by it.
 
     Raises:
-        ValueError: an unknown form, a k, rows_per_pass or temperature out of range, no completion token, or one in the
-            first column, which no logits predict.
+        ValueError: an unknown form, a k, rows_per_pass or temperature out of range, or a completion token in the first
+            column, which no logits predict.
         TypeError: no Hugging Face causal LM, or a wrapper or an adapter on the head that hides it.
         TapError: the model's logits are not its output head applied to its last hidden state.
     """
@@ -164,11 +164,16 @@ def keep_old_policy(
     live = output_head(inner)
     if live is None:
         raise TypeError(f"model: {type(inner).__name__} has several output heads, so its logits are not of one policy.")
+    if hasattr(live.module.weight, "ds_id"):
+        raise TypeError(
+            "model: DeepSpeed ZeRO-3 takes the head's weight apart, and old logits cannot be made of its parts. Shard "
+            "with ZeRO-2 or FSDP2, or update once on each rollout."
+        )
     if not 1 <= k <= live.vocabulary:
         raise ValueError(f"k: {k}; must be between 1 and the vocabulary, {live.vocabulary}.")
     mask = sequences.action_mask.bool()
-    if bool(mask[:, 0].any()) or not bool(mask.any()):
-        raise ValueError("sequences: no completion token, or one in the first column, which no logits predict.")
+    if bool(mask[:, 0].any()):
+        raise ValueError("sequences: a completion token in the first column, which no logits predict.")
     copied = form == "hidden" and head_moves(live)
     head = _as_it_is(live) if copied else live
     states = HiddenStates(_hidden_states(model, inner, live, sequences, rows_per_pass), head, copied)
