@@ -23,7 +23,7 @@ from lcogeom.recording.head import output_head
 from lcogeom.recording.unwrap import require_plain_head, unwrap_model
 from lcogeom.training.advantages import rule_reward
 from lcogeom.training.chunked_loss import in_blocks
-from lcogeom.training.old_policy import OldPolicy, keep_old_policy, require_image
+from lcogeom.training.old_policy import OldPolicy, eval_mode, keep_old_policy, require_image
 from lcogeom.training.rollout import Sequences
 
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
@@ -307,17 +307,18 @@ def add_blocks(model: torch.nn.Module) -> None:
         head = output_head(self)
         if head is None:
             raise TypeError(f"model: {type(self).__name__} has several output heads.")
-        if not understood:
-            with torch.no_grad():
-                logits = before(*args, **options, use_cache=False).logits
-        hidden = self.base_model(*args, **options, use_cache=False).last_hidden_state
-        if not understood:
-            require_image(head.gathered(), hidden.detach(), logits, mask)
+        if not understood:  # once, without dropout
+            last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(self).forward).parameters else {}
+            with torch.no_grad(), eval_mode(self):
+                logits = before(*args, **options, **last, use_cache=False).logits
+                hidden = self.base_model(*args, **options, use_cache=False).last_hidden_state
+            require_image(head.gathered(), hidden, logits, mask)
             understood.append(True)
+        hidden = self.base_model(*args, **options, use_cache=False).last_hidden_state
         rows = hidden[:, :-1][mask[:, 1:]]
         return in_blocks(of_logits, rows, head, temperature=temperature), rows
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def _by_name(chosen: str | Objective) -> Objective:
