@@ -3,8 +3,9 @@
     python analysis/benchmarks/rollout_buffer.py           (1 minute on 2 cores, 8 GiB of memory)
     python analysis/benchmarks/rollout_buffer.py --quick   (15 seconds: one small measurement, nothing written)
 
-Computed for Qwen2.5-3B's vocabulary and width; measured on small random Llamas with the same vocabulary, each in a fresh
-process, as the growth of its resident set. Writes rollout_buffer.json and analysis/README.md.
+Computed for Qwen2.5-3B's vocabulary and width; measured on small random Llamas with the same vocabulary, each in a
+fresh process, as the growth of its resident set. Also measured: the peak of one LCO-KLD loss and its backward pass on a
+micro-batch, with whole logits and with `chunked_loss`. Writes rollout_buffer.json and analysis/README.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -22,7 +24,9 @@ import torch
 import transformers
 from report import HERE, cpu_model, update_readme
 
-from lcogeom.training import Sequences, keep_old_policy
+import lcogeom as lg
+from lcogeom.recording.head import output_head
+from lcogeom.training import Sequences, chunked_loss, keep_old_policy
 
 VOCABULARY, WIDTH = 151_936, 2048  # Qwen2.5-3B
 TOKENS = (16_384, 65_536, 262_144, 1_048_576, 4_194_304)
@@ -30,6 +34,7 @@ BESIDE = 5  # bytes a token: its old log-probability and its place in the mask
 GOAL = 40
 MEASURED = ((64, 4096), (64, 8192), (256, 8192))  # width, completion tokens
 PROMPT, COMPLETION = 16, 128
+UPDATE = (64, 1024)  # width, completion tokens of the micro-batch
 MARK = "rollout buffer"
 
 
@@ -60,12 +65,7 @@ def resident(which: str) -> int:
 
 def measure(how: str, width: int, tokens: int) -> dict[str, int]:
     """Growth of this process's resident set by a rollout's buffer, in bytes: what stays, and the peak on the way."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = small_llama(width)
     sequences = batch(tokens // COMPLETION)
     if how == "stored":
         keep_logits(model, batch(1))
@@ -77,6 +77,36 @@ def measure(how: str, width: int, tokens: int) -> dict[str, int]:
     found = {"counted": kept.nbytes, "kept": resident("VmRSS") - before, "peak": resident("VmHWM") - before}
     del kept
     return found
+
+
+def measure_update(how: str, width: int, tokens: int) -> dict[str, int]:
+    """Peak growth by one loss and its backward pass, on a rollout that is kept already; gradients included."""
+    model = small_llama(width)
+    sequences = batch(tokens // COMPLETION)
+    old = keep_old_policy(model, sequences)
+    head, mask, objective = output_head(model), sequences.action_mask, lg.objective("lco-kld")
+    known = lg.TokenBatch(sequences.input_ids[mask], torch.ones(tokens))
+    everything = torch.arange(len(mask))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    if how == "whole":
+        logits = model(input_ids=sequences.input_ids, logits_to_keep=COMPLETION + 1).logits[:, :-1].flatten(0, 1)
+        loss = objective.loss(logits, replace(known, old_logits=old.logits(everything, mask)))
+        del logits
+    else:
+        hidden = model.base_model(input_ids=sequences.input_ids).last_hidden_state[:, :-1][mask[:, 1:]]
+        loss = chunked_loss(objective, hidden, head, known, old_logits=old.blocks(everything, mask))
+    loss.mean().backward()
+    return {"peak": resident("VmHWM") - before}
+
+
+def small_llama(width: int) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def batch(rows: int) -> Sequences:
@@ -128,11 +158,11 @@ def thresholds() -> dict[str, int | None]:
 def report(results: dict) -> str:
     about = results["environment"]
     lines = [
-        f"{about['date']}, {about['cpu']}, torch {about['torch']}. V = {VOCABULARY:,}. GiB, and how many times less than "
-        "the logits. A trained (or tied) head is copied once a process; LoRA on other modules copies none.",
+        f"{about['date']}, {about['cpu']}, torch {about['torch']}. V = {VOCABULARY:,}. GiB, and how many times less "
+        "than the logits. A trained (or tied) head is copied once a process; LoRA on other modules copies none.",
         "",
-        f"Computed for Qwen2.5-3B (d = {WIDTH:,}), hidden states and logits both in bf16; in float32 every size doubles "
-        "and the ratios stay.",
+        f"Computed for Qwen2.5-3B (d = {WIDTH:,}), hidden states and logits both in bf16; in float32 every size "
+        "doubles and the ratios stay.",
         "",
         "| completion tokens | logits | hidden states and head | times less | head not trained | times less |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -152,8 +182,8 @@ def report(results: dict) -> str:
         lines.append("| " + " | ".join([pair, *cells]) + " |")
     lines += [
         "",
-        "Measured: growth of a fresh process's resident set, MiB, on random Llamas in float32 with a trained head. Kept: "
-        "what stays; peak: on the way there, transient blocks of logits included; counted: `OldPolicy.nbytes`.",
+        "Measured: growth of a fresh process's resident set, MiB, on random Llamas in float32 with a trained head. "
+        "Kept: what stays; peak: on the way there, transient blocks of logits included; counted: `OldPolicy.nbytes`.",
         "",
         "| d | tokens | logits kept | logits peak | ours kept | ours peak | ours counted | times less, kept | peak |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -164,6 +194,15 @@ def report(results: dict) -> str:
         cells = [f"{row['width']}", f"{row['tokens']:,}", *(f"{size / 2**20:,.0f}" for size in sizes)]
         cells += [f"{a['kept'] / b['kept']:.0f}", f"{a['peak'] / b['peak']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    width, tokens = results["update"]["width"], results["update"]["tokens"]
+    whole, blocks = (results["update"][how]["peak"] / 2**20 for how in ("whole", "blocks"))
+    gradients = 2 * width * VOCABULARY * 4 / 2**20
+    lines += [
+        "",
+        f"One LCO-KLD loss and its backward pass on a micro-batch of {tokens:,} completion tokens (d = {width}, "
+        f"float32): peak {whole:,.0f} MiB with whole logits, old and new; {blocks:,.0f} MiB with `chunked_loss`, "
+        f"{whole / blocks:.0f} times less, {gradients:.0f} MiB of it the gradients of head and embedding.",
+    ]
     return "\n".join(lines)
 
 
@@ -173,16 +212,27 @@ if __name__ == "__main__":
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure[0], *map(int, arguments.measure[1:]))))
+        how, width, tokens = arguments.measure[0], *map(int, arguments.measure[1:])
+        print(json.dumps((measure_update if how in ("whole", "blocks") else measure)(how, width, tokens)))
         sys.exit()
     measured = []
     for width, tokens in ((64, 512),) if arguments.quick else MEASURED:
         found = {how: in_a_process(how, width, tokens) for how in ("stored", "ours")}
         measured.append({"width": width, "tokens": tokens, **found})
         print(measured[-1], flush=True)
+    width, tokens = (64, 512) if arguments.quick else UPDATE
+    update = {how: in_a_process(how, width, tokens) for how in ("whole", "blocks")}
+    update |= {"width": width, "tokens": tokens}
+    print(update, flush=True)
     about = {"date": date.today().isoformat(), "cpu": cpu_model(), "torch": torch.__version__}
     about |= {"system": platform.system(), "transformers": transformers.__version__}
-    results = {"environment": about, "computed": computed(), "thresholds": thresholds(), "measured": measured}
+    results = {
+        "environment": about,
+        "computed": computed(),
+        "thresholds": thresholds(),
+        "measured": measured,
+        "update": update,
+    }
     text = report(results)
     print(f"\n{text}\n")
     if not arguments.quick:

@@ -1,5 +1,6 @@
 """The method, top to bottom: problems with checkable answers, rollouts, updates."""
 
+from lcogeom.training.chunked_loss import chunked_loss
 from lcogeom.training.old_policy import OldPolicy, keep_old_policy
 from lcogeom.training.replay import (
     DEFAULT_OBJECTIVES,
@@ -21,6 +22,7 @@ __all__ = [
     "Sequences",
     "Task",
     "arithmetic",
+    "chunked_loss",
     "keep_old_policy",
     "load_task",
     "make_batch",

@@ -76,6 +76,7 @@ def test_overhead(tmp_path: Path) -> None:
         assert min(row["memory"]) > 100
 
 
+@pytest.mark.slow
 def test_rollout_buffer() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "rollout_buffer.py"), "--quick"],
@@ -89,6 +90,8 @@ def test_rollout_buffer() -> None:
     for how in ("stored", "ours"):  # what is counted is what the process grows by
         assert abs(row[how]["kept"] - row[how]["counted"]) < 4 * 2**20
     assert row["ours"]["peak"] < 150 * 2**20 < row["stored"]["peak"]
+    update = ast.literal_eval(done.stdout.splitlines()[1])
+    assert update["blocks"]["peak"] < update["whole"]["peak"] / 4
 
 
 def test_rollout_buffer_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:

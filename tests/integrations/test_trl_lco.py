@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import os
@@ -177,10 +178,10 @@ def right(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[
 
 
 AUTHORS = {"beta": 0.5, "negative_beta_scale": 100.0}
-LEARNING: list[tuple[str, str, float, dict[str, float]]] = [
+LEARNING = [
     ("lco-kld", "rule", 6e-4, AUTHORS),
-    ("lco-mse", "group", 3e-4, {"beta": 0.5}),
-    ("lco-lch", "group", 3e-4, {"beta": 0.5}),
+    pytest.param("lco-mse", "group", 3e-4, {"beta": 0.5}, marks=pytest.mark.slow),
+    pytest.param("lco-lch", "group", 3e-4, {"beta": 0.5}, marks=pytest.mark.slow),
 ]
 
 
@@ -284,6 +285,7 @@ def test_rule_advantages(tmp_path: Path) -> None:
     assert seen[0].tolist() == [0.0, 1.0, -1.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes(tmp_path: Path) -> None:
     """DDP under TRL: each process's loss is the objective of its half, and both end with the same parameters. FSDP2:
@@ -390,5 +392,12 @@ def test_what_is_used_of_trl_is_there(tmp_path: Path) -> None:
 
 
 def test_importing_the_adapter_imports_no_trl() -> None:
-    code = "import sys, lcogeom.integrations.trl as adapter; assert 'trl' not in sys.modules; print(adapter.LCOTrainer)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """RecorderCallback imports it where TRL may not be installed."""
+    module = sys.modules["lcogeom.integrations.trl"]
+    imported = [
+        node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imported]
+    assert len(names) > 5
+    assert not any(name.startswith(("trl", "lcogeom.integrations.trl_lco")) for name in names)
+    assert module.LCOTrainer is LCOTrainer
