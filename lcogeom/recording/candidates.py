@@ -20,8 +20,17 @@ class Rows:
     place: Tensor
     """Of the M rows, int64."""
 
-    def __getitem__(self, rows: Tensor) -> Rows:
+    def __getitem__(self, rows: Tensor | slice) -> Rows:
         return Rows(self.source, self.sequence[rows], self.place[rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, d or V)."""
+        return len(self.sequence), self.source.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
     def gather(self) -> Tensor:
         """(M, d or V)."""
@@ -59,6 +68,16 @@ class Candidates:
 def own(rows: Rows | Tensor) -> Tensor:
     """The rows themselves, (M, d or V)."""
     return rows.gather() if isinstance(rows, Rows) else rows
+
+
+def rows_of(values: Rows | Tensor, rows: slice, memory: Tensor) -> Tensor:
+    """Some of the rows, (m, d or V): views of a tensor, else copied into `memory`, (m, d or V), as its dtype."""
+    if isinstance(values, Tensor):
+        return values[rows]
+    if values.source.is_contiguous() and values.dtype == memory.dtype:
+        place = values.sequence[rows] * values.source.shape[1] + values.place[rows]
+        return torch.index_select(values.source.flatten(0, 1), 0, place, out=memory)
+    return memory.copy_(values[rows].gather())
 
 
 def choose(sizes: list[Tensor], budget: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
