@@ -23,7 +23,7 @@ from lcogeom.recording.head import output_head
 from lcogeom.recording.unwrap import require_plain_head, unwrap_model
 from lcogeom.training.advantages import rule_reward
 from lcogeom.training.chunked_loss import in_blocks
-from lcogeom.training.old_policy import OldPolicy, eval_mode, keep_old_policy, require_image
+from lcogeom.training.old_policy import OldPolicy, eval_mode, keep_old_policy, require_image, require_whole
 from lcogeom.training.rollout import Sequences
 
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ class LCOTrainer(trl.GRPOTrainer):
         ImportError: on import, another minor version of TRL.
         RuntimeError: TRL's internals are not those of the version that it says it is.
         ValueError: settings that do not go together, named.
-        TypeError (at the first rollout): DeepSpeed ZeRO-3 or FSDP1 with more than one update on a rollout.
+        TypeError (at the first rollout or loss): DeepSpeed ZeRO-3; FSDP1 with more than one update on a rollout.
     """
 
     _tag_names = ["trl", "lco"]  # noqa: RUF012 (TRL's)
@@ -215,12 +215,13 @@ class LCOTrainer(trl.GRPOTrainer):
             per_token = per_token + self.beta * penalty
             self._note(mode, "kl", penalty.detach())
         self._note(mode, "entropy", entropy.detach())
-        self._said = (inputs, mask, batch, reader, hidden.detach())
+        self._said = (inputs, mask, batch, hidden.detach())
         return self._averaged(torch.zeros(mask.shape).to(per_token).masked_scatter(mask, per_token), mask, inputs, mode)
 
     def said(self) -> dict[str, Any] | None:
         """Of the last loss: arguments of Probe.batch. Old logits are made whole for it, [tokens, V]."""
-        inputs, mask, batch, reader, hidden = self._said
+        inputs, mask, batch, hidden = self._said
+        reader = self._old_reader(inputs, mask)  # with FSDP2 every process takes part
         if batch is None:
             return None
         head = output_head(unwrap_model(self.model))
@@ -307,6 +308,7 @@ def add_blocks(model: torch.nn.Module) -> None:
         head = output_head(self)
         if head is None:
             raise TypeError(f"model: {type(self).__name__} has several output heads.")
+        require_whole(head)
         if not understood:  # once, without dropout
             last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(self).forward).parameters else {}
             with torch.no_grad(), eval_mode(self):

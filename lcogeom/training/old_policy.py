@@ -182,11 +182,7 @@ def keep_old_policy(
     live = output_head(inner)
     if live is None:
         raise TypeError(f"model: {type(inner).__name__} has several output heads, so its logits are not of one policy.")
-    if hasattr(live.module.weight, "ds_id"):
-        raise TypeError(
-            "model: DeepSpeed ZeRO-3 takes the head's weight apart, and old logits cannot be made of its parts. Shard "
-            "with ZeRO-2 or FSDP2, or update once on each rollout."
-        )
+    require_whole(live)
     if not 1 <= k <= live.vocabulary:
         raise ValueError(f"k: {k}; must be between 1 and the vocabulary, {live.vocabulary}.")
     mask = sequences.action_mask.bool()
@@ -251,6 +247,15 @@ def _hidden_states(
         last.remove()
     assert states is not None
     return states
+
+
+def require_whole(head: OutputHead) -> None:
+    """Raise TypeError where DeepSpeed ZeRO-3 has taken the head's weight apart."""
+    if hasattr(head.module.weight, "ds_id"):
+        raise TypeError(
+            "model: DeepSpeed ZeRO-3 takes the head's weight apart, and logits cannot be made of its parts. Shard with "
+            "ZeRO-2 or FSDP2."
+        )
 
 
 def require_image(head: OutputHead, hidden: Tensor, logits: Tensor, ids: Tensor) -> None:

@@ -319,6 +319,14 @@ def test_an_adapter_on_the_head() -> None:
         keep_old_policy(peft.get_peft_model(model, peft.LoraConfig(**LORA, target_modules=["lm_head"])), sequences)
 
 
+def test_a_head_that_zero_3_has_taken_apart() -> None:
+    """By the mark that DeepSpeed leaves on such a parameter; DeepSpeed itself is not installed."""
+    model = build("llama", torch.device("cpu"))
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(TypeError, match="ZeRO-3"):
+        keep_old_policy(model, rollout(model))
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes(tmp_path: Path) -> None:
     """FSDP2 and DDP: each process has the old logits of its own half of the sequences, those of one process."""
