@@ -25,8 +25,7 @@ import transformers
 from report import HERE, cpu_model, update_readme
 
 import lcogeom as lg
-from lcogeom.recording.head import output_head
-from lcogeom.training import Sequences, chunked_loss, keep_old_policy
+from lcogeom.training import Sequences, chunked_loss, keep_old_policy, output_head
 
 VOCABULARY, WIDTH = 151_936, 2048  # Qwen2.5-3B
 TOKENS = (16_384, 65_536, 262_144, 1_048_576, 4_194_304)

@@ -1,5 +1,6 @@
 """The method, top to bottom: problems with checkable answers, rollouts, updates."""
 
+from lcogeom.recording.head import output_head
 from lcogeom.training.chunked_loss import chunked_loss
 from lcogeom.training.old_policy import OldPolicy, keep_old_policy
 from lcogeom.training.replay import (
@@ -28,6 +29,7 @@ __all__ = [
     "make_batch",
     "mean_loss",
     "one_update",
+    "output_head",
     "read_problems",
     "replay",
     "score",

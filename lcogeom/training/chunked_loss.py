@@ -36,7 +36,7 @@ def chunked_loss(
         minimised: an objective of which each token's loss depends on that token alone: no importance weights of whole
             completions, no prefixes, no pairs. Those read `batch.sequences` or `batch.pairs`, which are kept from it.
         hidden: what the head sees at each token, (M, d).
-        head: from `lcogeom.recording.head.output_head`.
+        head: from `lcogeom.training.output_head`.
         batch: of the M tokens, without old logits.
         old_logits: those of some consecutive tokens, (m, V), undivided: `OldPolicy.blocks(rows, mask)`. None: the
             current ones, which are the old ones on the first update on a rollout.
