@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "audit": {"objectives", "geometry", "runs"},
     "plots": {"runs"},
     "training": {"recording", "objectives", "geometry", "runs", "models"},
-    "integrations": {"recording", "objectives", "runs"},
+    "integrations": {"training", "recording", "objectives", "runs"},
 }
 
 
