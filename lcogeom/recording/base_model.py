@@ -117,7 +117,7 @@ class LastHidden:
         """Once: the logits must be what the head makes of the hidden state, or f' would be recovered wrongly."""
         head = self._head.gathered()
         gap = head_gap(head, hidden.detach(), logits)
-        tolerance = _tolerance(logits)
+        tolerance = head_tolerance(logits)
         self._checked = not math.isnan(gap)  # logits that are not finite say nothing
         if not gap > tolerance:
             self._forget_entering()
@@ -161,8 +161,11 @@ def head_gap(head: OutputHead, hidden: Tensor, logits: Tensor) -> float:
         return float(torch.where(torch.isfinite(wanted).all(), gap, math.nan))
 
 
-def _tolerance(logits: Tensor) -> float:
-    """By the precision that the logits were computed in: Accelerate hands out autocast's as float32."""
+def head_tolerance(logits: Tensor) -> float:
+    """What `head_gap` may be, by the precision that the logits were computed in.
+
+    Accelerate hands out logits of autocast as float32, with the digits of the lower precision.
+    """
     if any(torch.equal(logits, logits.to(low).to(logits.dtype)) for low in (torch.bfloat16, torch.float16)):
         return HEAD_TOLERANCE_LOW
     return HEAD_TOLERANCE.get(logits.dtype, HEAD_TOLERANCE_LOW)
