@@ -39,6 +39,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     objective: Objective
     intervention: Intervention | None
+    judges_steps: bool
+    """Whether the intervention asks for the last layer and its optimiser (CAPO)."""
     needs: frozenset[str]
     """Fields of `TokenBatch` that objective and intervention read."""
     critic: Critic | torch.nn.Module | None
@@ -89,9 +91,14 @@ def build_learner(settings: TrainSettings, loaded: LoadedModel | None = None) ->
     dense = settings.advantages in DENSE_ADVANTAGES
     two = torch.zeros(2, 4)
     needs = needed_fields(lambda batch: objective.loss(two, batch), dense=dense)
+    judges_steps = False
     if rule is not None:
-        layer = LastLayer(torch.ones(2, 3), learning_rate=1.0)
-        needs |= needed_fields(lambda batch: rule(two, batch, objective=objective, layer=layer), dense=dense)
+        try:
+            read = needed_fields(lambda batch: rule(two, batch, objective=objective), dense=dense)
+        except ValueError:
+            layer, judges_steps = LastLayer(torch.ones(2, 3), learning_rate=1.0), True
+            read = needed_fields(lambda batch: rule(two, batch, objective=objective, layer=layer), dense=dense)
+        needs |= read
     if "advantages" in needs and settings.advantages == "none":
         raise ValueError(f"advantages: 'none', but objective {objective.name!r} needs some; set advantages=group.")
     accelerator = make_accelerator(settings)
@@ -126,6 +133,7 @@ def build_learner(settings: TrainSettings, loaded: LoadedModel | None = None) ->
         optimizer=optimizer,
         objective=objective,
         intervention=rule,
+        judges_steps=judges_steps,
         needs=needs,
         critic=critic,
         critic_optimizer=critic_optimizer,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from accelerate.utils import LoggerType
 
 from lcogeom.recording import Probe, attach
 from lcogeom.runs import create_folder
@@ -18,6 +21,8 @@ FILE = "training.json"
 MAY_CHANGE = ("updates", "evaluate_every", "checkpoint_every", "keep_checkpoints", "generation_batch")
 """Settings that a resumed run may have otherwise."""
 Row = Mapping[str, object]
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+"""Name -> module that it needs."""
 
 
 def stored(run: Path) -> TrainSettings:
@@ -57,10 +62,11 @@ def require(run: Path, settings: TrainSettings, resume: bool) -> None:
 
 @contextlib.contextmanager
 def recorder(
-    learner: Learner, run: Path, step: int, *, labels: Mapping[str, str], on_row: Callable[[Row], None]
+    learner: Learner, run: Path, step: int, *, there: bool, labels: Mapping[str, str], on_row: Callable[[Row], None]
 ) -> Iterator[Probe | None]:
     """The recorder on this run's folder, from update `step` on, and the settings beside it.
 
+    there: the folder is one to go on in.
     on_row: called with each update's row, by process 0.
 
     Yields:
@@ -68,7 +74,7 @@ def recorder(
     """
     settings, main = learner.settings, learner.accelerator.is_main_process
     if not settings.record:
-        if main and not run.exists():
+        if main and not there:
             create_folder(run, {"labels": dict(labels)})
         _write_settings(run, settings, main)
         learner.accelerator.wait_for_everyone()
@@ -88,12 +94,42 @@ def recorder(
         audit_every=settings.audit_every,
         sketch=settings.sketch,
         black_box=settings.black_box,
-        resume=step if run.exists() else False,
+        resume=step if there else False,
         on_update=on_row if main else None,
     )
     with probe:
         _write_settings(run, settings, main)
         yield probe
+
+
+def teller(
+    learner: Learner, run: Path, progress: Callable[[Row], None] | None, log: str | None
+) -> Callable[[Row], None]:
+    """What passes rows on: to `progress`, and to a tracker that Accelerate knows by name.
+
+    Raises:
+        ValueError: no such tracker.
+        ModuleNotFoundError: it is not installed.
+    """
+    accelerator = learner.accelerator
+    if log is not None:
+        if log not in TRACKERS:
+            raise ValueError(f"--log: {log!r}; must be one of {', '.join(TRACKERS)}.")
+        if importlib.util.find_spec(TRACKERS[log]) is None:
+            raise ModuleNotFoundError(f"--log: {log} is not installed. Run: pip install {log}")
+        accelerator.log_with = [LoggerType(log)]
+        accelerator.project_configuration.set_directories(str(run.parent))
+        plain = {key: value for key, value in learner.settings.to_dict().items() if not isinstance(value, (dict, list))}
+        accelerator.init_trackers(run.name, config={key: str(value) for key, value in plain.items()})
+
+    def tell(row: Row) -> None:
+        if log is not None:
+            numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+            accelerator.log(numbers, step=int(str(row["step"])))
+        if progress is not None:
+            progress(row)
+
+    return tell
 
 
 def _write_settings(run: Path, settings: TrainSettings, main: bool) -> None:

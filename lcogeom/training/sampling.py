@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from lcogeom.training.learner import Learner
+from lcogeom.training.old_policy import eval_mode
 from lcogeom.training.rollout import Sample, generate, stop_ids
 from lcogeom.training.tasks import Problem, score
 
@@ -35,7 +36,7 @@ def sample_all(learner: Learner, problems: Sequence[Problem], seed: int, *, firs
     settings = learner.settings
     size = settings.generation_batch or len(problems)
     samples = []
-    with torch.no_grad(), learner.precision():
+    with torch.no_grad(), learner.precision(), eval_mode(learner.model):  # recomputing blocks keep no cache
         for start in range(0, len(problems), size):
             samples += generate(
                 learner.model,

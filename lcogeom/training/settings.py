@@ -37,6 +37,8 @@ class TrainSettings:
     """What `load_task` knows: addition-1, addition-2, products, reasoning-gym:NAME, a file, a datasets id."""
     held_out: int = 200
     """Problems kept out of training; the held-out reward is measured on them."""
+    template: str | None = None
+    """The prompt of a file's or data set's problem, with {question} in it; None: the form's own."""
     completions: str = "sampled"
     """`sampled` from the policy, or `gold`: the task's own answers, as many problems as a rollout has completions."""
 

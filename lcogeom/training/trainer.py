@@ -1,50 +1,52 @@
 """The method, top to bottom: rollout, rewards, advantages, old policy, inner epochs, evaluation, checkpoint.
 
     for each rollout:
-        problems -> completions -> rewards r (B,) -> advantages A (B, T)      make_rollout
-        what the objective reads of the old policy                           keep_policies
-        for each inner epoch, for each mini-batch: one update                 update
-            sum over micro-batches of sum_t w_t f_t(logits)                   policy_loss
+        problems -> completions -> rewards r (B,) -> advantages A (B, T)         make_rollout, with_advantages
+        what the objective will ask of the old policy and of the reference       with_policies
+        for each inner epoch, for each mini-batch: one update                    update
+            the sum over its micro-batches of sum_t w_t f_t(logits)              policy_loss
     held-out reward now and then, checkpoints now and then
 
 B completions of this process, T tokens wide, M completion tokens among them, V the vocabulary. An update is one
-optimiser step. Every random number follows from (seed, rollout), so a run can go on from any rollout.
+optimiser step. Every random number follows from the seed and the rollout's number, so a run can go on from any rollout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcogeom.models import LoadedModel
+from lcogeom.objectives import TokenBatch
 from lcogeom.recording import Probe
 from lcogeom.training import checkpoint, run_folder
 from lcogeom.training.advantages import gae, informative_groups, overlong_penalty, sequence_advantages
 from lcogeom.training.buffer import Rollout, logprobs_of, token_weights
 from lcogeom.training.critic import value_losses, values_of
-from lcogeom.training.last_layer_of import last_layer
+from lcogeom.training.dense_rollout import dense_advantages
+from lcogeom.training.head_input import head_inputs, last_layer
 from lcogeom.training.learner import Learner, build_learner
 from lcogeom.training.old_policy import keep_old_policy
 from lcogeom.training.replay import completion_logits
-from lcogeom.training.rollout import Sample, gold_samples, pad_id, side_by_side
-from lcogeom.training.sampling import sample_all
-from lcogeom.training.settings import SEQUENCE_ADVANTAGES, TrainSettings
-from lcogeom.training.tasks import Problem, Task, load_task
+from lcogeom.training.rollout import Sample, pad_id, side_by_side
+from lcogeom.training.sampling import accuracy, gold_samples, sample_all, seed_of
+from lcogeom.training.settings import DENSE_ADVANTAGES, SEQUENCE_ADVANTAGES, TrainSettings
+from lcogeom.training.tasks import Task, load_task
 
 Progress = Callable[[Mapping[str, object]], None]
-"""Called after each update with its number and what is known of it, and when an evaluation is done."""
-HELD_OUT_SEED = 1_000_003
+"""Called with each update's row (column of `updates` -> value) when it is known."""
+PROBLEMS, SAMPLES, SHUFFLE, HELD_OUT = range(4)  # what a seed is for
 
 
 class TrainingStopped(RuntimeError):
-    """A loss or gradient was not finite: the weights are as they were before this update."""
+    """A loss or a gradient was not finite. The weights are as they were before this update."""
 
 
 def train(
@@ -54,16 +56,19 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     loaded: LoadedModel | None = None,
+    labels: Mapping[str, str] | None = None,
     log: str | None = None,
 ) -> Path:
-    """Train, recording every update into the run folder; checkpoints lie in it, too.
+    """Train, and record every update into the run folder; checkpoints lie in it, too.
 
     With several processes (`accelerate launch`, torchrun) each of them calls this.
 
     Args:
-        run: folder to create; with `resume`, one to go on in from its last checkpoint (from the start without any).
+        run: folder to create; with `resume`, one to go on in from its last checkpoint, from the start if it has none.
+        progress: called by process 0.
         loaded: the model and tokenizer to train, in place of `settings.model`.
-        log: tensorboard, wandb or trackio: rows of `updates` go there as well.
+        labels: kept with the run; columns of their own when several runs are read together.
+        log: `tensorboard`, `wandb` or `trackio`: the rows of `updates` go there as well.
 
     Returns:
         The run folder.
@@ -75,26 +80,393 @@ def train(
     """
     run = Path(run)
     run_folder.require(run, settings, resume)
-    task = load_task(settings.task, characters=settings.model == "tiny", held_out=settings.held_out, seed=settings.seed)
+    there = run.exists()
+    task = load_task(settings.task, held_out=settings.held_out, template=settings.template)
     learner = build_learner(settings, loaded)
-    start = checkpoint.load(learner, run) if resume else 0
-    with run_folder.recorder(learner, run, start, log, progress) as probe:
-        step = start
+    step = checkpoint.load(learner, run) if there else 0
+    tell = run_folder.teller(learner, run, progress, log)
+    labels = {"seed": str(settings.seed), "model": settings.model, "task": settings.task, **(labels or {})}
+    with run_folder.recorder(learner, run, step, there=there, labels=labels, on_row=tell) as probe:
         while step < settings.updates:
-            before = _held_out(learner, task, probe, progress, step) if _due(settings, step) else None
-            began = time.monotonic()
-            rollout = make_rollout(learner, task, step // settings.updates_per_rollout)
-            rollout = keep_policies(learner, rollout)
-            known: dict[str, float] = {
-                "rollouts": float((step // settings.updates_per_rollout + 1) * settings.rollout_size),
+            number = step // settings.updates_per_rollout
+            began, known = time.monotonic(), dict[str, float]()
+            if step % settings.evaluate_every < settings.updates_per_rollout:
+                known["heldout_reward"] = evaluate(learner, task)
+                began = time.monotonic()
+            rollout = with_policies(learner, with_advantages(learner, make_rollout(learner, task, number)))
+            known |= {
+                "rollouts": float((number + 1) * settings.rollout_size),
                 "rollout_seconds": time.monotonic() - began,
             }
             if settings.completions == "sampled":
                 known["reward"] = float(learner.accelerator.reduce(rollout.rewards.mean(), "mean"))
-            for rows in inner_batches(learner, rollout, step):
-                found = update(learner, rollout, rows, step, probe)
+            for rows in inner_batches(learner, number):
+                found = update(learner, rollout, rows, step, probe, known)
                 step += 1
                 if step == settings.updates:
-                    known["heldout_reward_after"] = evaluate(learner, task)
-        ...
+                    last = {"heldout_reward_after": evaluate(learner, task)}
+                    found |= last
+                    if probe is not None:
+                        probe.note(done=True, **last)
+                if probe is not None:
+                    probe.collect()
+                else:
+                    tell({"step": step - 1, **found})
+                known.pop("heldout_reward", None)
+            due = settings.checkpoint_every and step % settings.checkpoint_every < settings.updates_per_rollout
+            if due or step == settings.updates:
+                if probe is not None:
+                    probe.flush()  # a resumed recording goes on where the checkpoint does
+                checkpoint.save(learner, run, step)
+    learner.accelerator.end_training()
     return run
+
+
+# rollout, rewards, advantages -----------------------------------------------------------------------------------------
+
+
+def make_rollout(learner: Learner, task: Task, number: int) -> Rollout:
+    """Completions of this process's share of the problems, scored. rewards (B,)."""
+    settings, accelerator = learner.settings, learner.accelerator
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if settings.completions == "gold":
+        share = settings.rollout_size // world
+        problems = task.draw(settings.rollout_size, seed_of(settings.seed, PROBLEMS, number))
+        samples = gold_samples(learner.tokenizer, problems[rank * share : (rank + 1) * share], settings.stop)
+    else:
+        samples = sample_round(learner, task, number, 0)
+        for again in range(1, settings.dynamic_sampling + 1):
+            rewards, groups = rewards_of(samples, learner.device), groups_of(learner)
+            dull = ~informative_groups(rewards, groups)  # (B,)
+            if not int(accelerator.reduce(dull.sum(), "sum")):
+                break
+            fresh = sample_round(learner, task, number, again)
+            lively = informative_groups(rewards_of(fresh, learner.device), groups)
+            samples = exchange_groups(samples, dull.tolist(), fresh, lively.tolist(), settings.samples)
+    sequences = side_by_side(samples, pad_id(learner.tokenizer), learner.device)
+    rewards = rewards_of(samples, learner.device)
+    if settings.overlong_buffer:
+        lengths = sequences.action_mask.sum(1)
+        rewards = rewards + overlong_penalty(
+            lengths, longest=settings.max_new_tokens, buffer=settings.overlong_buffer
+        ).to(rewards)
+    return Rollout(samples, sequences, rewards)
+
+
+def sample_round(learner: Learner, task: Task, number: int, again: int) -> list[Sample]:
+    """`samples` completions of each of this process's problems, those of one problem side by side."""
+    settings, accelerator = learner.settings, learner.accelerator
+    share = settings.prompts // accelerator.num_processes
+    first = accelerator.process_index * share
+    problems = task.draw(settings.prompts, seed_of(settings.seed, PROBLEMS, number, again))[first : first + share]
+    asked = [problem for problem in problems for _ in range(settings.samples)]
+    seed = seed_of(settings.seed, SAMPLES, number, again)
+    return sample_all(learner, asked, seed, first=first * settings.samples)
+
+
+def exchange_groups(
+    samples: list[Sample], dull: list[bool], fresh: list[Sample], lively: list[bool], size: int
+) -> list[Sample]:
+    """Dull groups of `size` replaced by lively ones, as far as there are any."""
+    spare = [fresh[start : start + size] for start in range(0, len(fresh), size) if lively[start]]
+    result = list(samples)
+    for start in range(0, len(samples), size):
+        if dull[start] and spare:
+            result[start : start + size] = spare.pop(0)
+    return result
+
+
+def rewards_of(samples: list[Sample], device: torch.device) -> Tensor:
+    """(B,) float32."""
+    return torch.tensor([sample.reward for sample in samples], dtype=torch.float32, device=device)
+
+
+def groups_of(learner: Learner) -> Tensor:
+    """(B,) int64: which completions of this process answer the same problem, numbered through all processes."""
+    settings, accelerator = learner.settings, learner.accelerator
+    share = settings.rollout_size // accelerator.num_processes
+    places = torch.arange(share, device=learner.device) + accelerator.process_index * share
+    return places // settings.samples
+
+
+def with_advantages(learner: Learner, rollout: Rollout) -> Rollout:
+    """The rollout with A, (B, T) or (B, T, K); with PPO's critic, its values and what it is to learn."""
+    settings, accelerator = learner.settings, learner.accelerator
+    mask = rollout.sequences.action_mask
+    if settings.advantages in DENSE_ADVANTAGES:
+        return dense_advantages(learner, rollout)
+    if settings.advantages in SEQUENCE_ADVANTAGES:
+        lengths = accelerator.gather(mask.sum(1))
+        rewards, groups = accelerator.gather(rollout.rewards), accelerator.gather(groups_of(learner))
+        per_sequence = sequence_advantages(
+            settings.advantages, rewards, groups, lengths=lengths, longest=settings.max_new_tokens
+        )
+        mine = per_sequence[accelerator.process_index * len(mask) :][: len(mask)]  # (B,)
+        rollout = replace(rollout, advantages=mine[:, None].expand(mask.shape))
+    elif settings.advantages == "gae":
+        assert learner.critic is not None
+        with torch.no_grad(), learner.precision():
+            parts = [values_of(learner.critic, rollout.sequences[rows]) for rows in row_parts(learner, len(mask))]
+        values = torch.cat(parts)  # (B, T)
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        rewards = torch.zeros_like(values).scatter(1, last[:, None], rollout.rewards[:, None])  # at the last token
+        advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+        rollout = replace(rollout, advantages=advantages, values=values, returns=returns)
+    if settings.whiten and rollout.advantages is not None:
+        rollout = replace(rollout, advantages=whitened(learner, rollout.advantages, mask))
+    return rollout
+
+
+def whitened(learner: Learner, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the completion tokens of all processes, (B, T)."""
+    chosen = advantages[mask].double()
+    sums = torch.stack([torch.ones_like(chosen).sum(), chosen.sum(), chosen.square().sum()])
+    count, total, squares = learner.accelerator.reduce(sums, "sum")
+    mean = total / count
+    deviation = ((squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
+    return ((advantages - mean) / (deviation + 1e-8)).to(advantages).where(mask, 0.0)
+
+
+# old policy, reference ------------------------------------------------------------------------------------------------
+
+
+def with_policies(learner: Learner, rollout: Rollout) -> Rollout:
+    """The rollout with what the objective will ask of the policies that have been, kept before the first update.
+
+    Where a rollout gives one update, nothing is kept: the policy has not moved when it is asked. The authors' top-k is
+    another policy than their own from the first update on, so it is always kept.
+    """
+    settings, needs = learner.settings, learner.needs
+    size = max(1, settings.rollout_size // (settings.mini_batches * settings.micro_batches))
+    moved = settings.updates_per_rollout > 1
+    if "old_logits" in needs and (moved or settings.old_policy == "topk"):
+        with learner.precision():
+            old = keep_old_policy(
+                learner.policy,
+                rollout.sequences,
+                form=settings.old_policy,  # type: ignore[arg-type]
+                k=settings.old_k,
+                rows_per_pass=max(1, size // learner.accelerator.num_processes),
+                temperature=settings.temperature,
+            )
+        rollout = replace(rollout, old=old, old_logprobs=old.old_logprobs)
+    elif "old_logprobs" in needs and moved:
+        rollout = replace(rollout, old_logprobs=token_logprobs(learner, learner.policy, rollout))
+    if "ref_logprobs" in needs:
+        with learner.reference_policy() as reference:
+            rollout = replace(rollout, ref_logprobs=token_logprobs(learner, reference, rollout))
+    return rollout
+
+
+@torch.no_grad()
+def token_logprobs(learner: Learner, model: torch.nn.Module, rollout: Rollout) -> Tensor:
+    """Log-probability of each completion token, (B, T) float32; 0 elsewhere."""
+    result = torch.zeros(rollout.sequences.input_ids.shape, device=learner.device)
+    for rows in row_parts(learner, len(result)):
+        sequences = rollout.sequences[rows]
+        with learner.precision():
+            logits = completion_logits(model, sequences).float() / learner.settings.temperature  # (M, V)
+        part = torch.zeros(sequences.input_ids.shape, device=learner.device)
+        part[sequences.action_mask] = logprobs_of(logits, sequences.input_ids[sequences.action_mask])
+        result[rows] = part
+    return result
+
+
+def row_parts(learner: Learner, rows: int) -> tuple[Tensor, ...]:
+    """The rows of a rollout, as many at once as a micro-batch has."""
+    parts = learner.settings.mini_batches * learner.settings.micro_batches
+    return torch.arange(rows, device=learner.device).chunk(parts)
+
+
+# inner epochs ---------------------------------------------------------------------------------------------------------
+
+
+def inner_batches(learner: Learner, number: int) -> Iterator[Tensor]:
+    """The rows of each update made from a rollout, (R,) int64: `mini_batches` of every inner epoch, shuffled."""
+    settings = learner.settings
+    rows = torch.arange(settings.rollout_size // learner.accelerator.num_processes)
+    for epoch in range(settings.inner_epochs):
+        if settings.mini_batches > 1:
+            draw = torch.Generator().manual_seed(seed_of(settings.seed, SHUFFLE, number, epoch))
+            rows = rows[torch.randperm(len(rows), generator=draw)]
+        for part in rows.chunk(settings.mini_batches):
+            yield part.to(learner.device)
+
+
+def update(
+    learner: Learner, rollout: Rollout, rows: Tensor, step: int, probe: Probe | None, known: Mapping[str, float]
+) -> dict[str, float]:
+    """One optimiser step of the policy, and one of the critic. `known`: for the update's row.
+
+    Raises:
+        TrainingStopped: loss or gradient not finite; nothing was stepped.
+    """
+    settings, accelerator = learner.settings, learner.accelerator
+    factor = rate_factor(settings, step)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = settings.learning_rate * factor
+    tokens = accelerator.reduce(rollout.sequences.action_mask[rows].sum(), "sum")
+    learner.optimizer.zero_grad()
+    losses, kept = [], []
+    parts = rows.chunk(settings.micro_batches)
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(learner.policy):
+            loss, share = policy_loss(learner, rollout, part, tokens, len(rows), probe)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+        kept.append(share)
+    loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
+    norm = clipped(learner.policy, settings.clip_norm)
+    found = dict(known) | {"learning_rate": settings.learning_rate * factor}
+    if learner.intervention is not None:
+        found["kept_share"] = float(accelerator.reduce(torch.stack(kept).sum(), "sum") / tokens)
+    loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # waits for the device, once an update
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        raise TrainingStopped(
+            f"update {step}: the loss is {loss_value:g} and its gradient's norm {norm_value:g}; stopped before the step. "
+            "The black box in the run folder has the batch (lcogeom.load_run(RUN).black_box()); a lower learning_rate "
+            "or clip_norm may help, and --resume goes on from the last checkpoint."
+        )
+    if learner.critic is not None:
+        found["critic_loss"] = critic_step(learner, rollout, rows, tokens, factor)
+    if probe is not None:
+        probe.note(**found)
+    learner.optimizer.step()
+    return found | {"loss": loss_value, "grad_norm": norm_value}
+
+
+def policy_loss(
+    learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor | int, completions: int, probe: Probe | None
+) -> tuple[Tensor, Tensor]:
+    """The part of an update's loss that some rows make, differentiable, times the number of processes (their mean counts).
+
+    Args:
+        tokens: completion tokens of the whole update, in all processes.
+        completions: of the whole update, in this process.
+
+    Returns:
+        (loss, number of tokens that an intervention kept), scalars.
+    """
+    settings, world = learner.settings, learner.accelerator.num_processes
+    sequences = rollout.sequences[rows]
+    watch = head_inputs(learner.policy) if learner.intervention is not None else contextlib.nullcontext([])
+    with learner.precision(), watch as seen:
+        logits = completion_logits(learner.policy, sequences)  # (M, V)
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    batch = rollout.token_batch(rows, logits, settings.temperature, learner.needs)
+    if "ref_logits" in learner.needs:
+        with torch.no_grad(), learner.precision(), learner.reference_policy() as reference:
+            ref_logits = completion_logits(reference, sequences) / settings.temperature
+        batch = replace(batch, ref_logits=ref_logits)
+    kept = None
+    counted: TokenBatch = batch
+    if learner.intervention is not None:
+        layer = None
+        if learner.judges_steps:
+            rate = float(learner.optimizer.param_groups[0]["lr"])
+            layer = last_layer(
+                learner.policy,
+                learner.optimizer,
+                seen[-1],
+                sequences,
+                learning_rate=rate,
+                temperature=settings.temperature,
+            )
+        choice = learner.intervention(logits, batch, objective=learner.objective, layer=layer)
+        counted, kept = choice.batch, choice.keep
+    weights = token_weights(
+        sequences.action_mask,
+        settings.reduction,
+        completions=completions * world,
+        tokens=tokens,
+        longest=settings.max_new_tokens,
+        kept=kept,
+    )  # (M,)
+    loss = (weights * learner.objective.loss(logits, counted)).sum() * world
+    if probe is not None:
+        per_token = {
+            name: None if value is None else value[rows]
+            for name in ("advantages", "advantage_ids", "ref_logprobs")
+            for value in [getattr(rollout, name)]
+        }
+        old = torch.zeros(sequences.input_ids.shape, device=logits.device)
+        assert batch.old_logprobs is not None
+        old[sequences.action_mask] = batch.old_logprobs.float()
+        probe.batch(
+            input_ids=sequences.input_ids,
+            action_mask=sequences.action_mask,
+            old_logprobs=old,
+            old_logits=batch.old_logits,
+            loss=loss,
+            summed=True,
+            **per_token,
+        )
+    count = torch.ones_like(batch.actions).sum() if kept is None else kept.sum()
+    return loss, count
+
+
+def critic_step(learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor, factor: float) -> float:
+    """One optimiser step of the critic on the rows of an update; returns its mean loss per token."""
+    settings, accelerator = learner.settings, learner.accelerator
+    assert learner.critic is not None
+    assert learner.critic_optimizer is not None
+    for group in learner.critic_optimizer.param_groups:
+        group["lr"] = settings.critic_learning_rate * factor
+    learner.critic_optimizer.zero_grad()
+    losses = []
+    parts = rows.chunk(settings.micro_batches)
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(learner.critic):
+            loss = critic_loss(learner, rollout, part, tokens)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    clipped(learner.critic, settings.clip_norm)
+    learner.critic_optimizer.step()
+    return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
+
+
+def critic_loss(learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor | int) -> Tensor:
+    """The part of the critic's mean loss per token that some rows make, times the number of processes."""
+    assert learner.critic is not None
+    assert rollout.values is not None
+    assert rollout.returns is not None
+    sequences = rollout.sequences[rows]
+    with learner.precision():
+        values = values_of(learner.critic, sequences)  # (R, T)
+    losses = value_losses(values, rollout.returns[rows], rollout.values[rows], learner.settings.critic_clip)
+    return losses[sequences.action_mask].sum() / tokens * learner.accelerator.num_processes
+
+
+def clipped(model: torch.nn.Module, longest: float | None) -> Tensor:
+    """Clip the gradient's norm in place; returns what it was before, a scalar. A gradient that is not finite stays."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if longest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, longest, torch.where(norm.isfinite(), norm, 0.0))
+    return norm
+
+
+def rate_factor(settings: TrainSettings, step: int) -> float:
+    """What the learning rate of an update is multiplied by, in (0, 1]."""
+    rise = round(settings.warmup * settings.updates)
+    if step < rise:
+        return (step + 1) / rise
+    left = (settings.updates - step) / max(1, settings.updates - rise)  # 1 at the peak, above 0 at the last update
+    if settings.schedule == "linear":
+        return left
+    if settings.schedule == "cosine":
+        return (1 + math.cos(math.pi * (1 - left))) / 2
+    return 1.0
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(learner: Learner, task: Task) -> float:
+    """Mean reward of one sampled completion of each held-out problem; the same random numbers every time."""
+    return accuracy(learner, task.held_out, seed_of(HELD_OUT))
