@@ -9,13 +9,15 @@ from lcogeom.training.replay import (
     replay,
     variant_objective,
 )
-from lcogeom.training.tasks import Problem, arithmetic, read_problems, score
+from lcogeom.training.tasks import Problem, Task, arithmetic, load_task, read_problems, score
 
 __all__ = [
     "DEFAULT_OBJECTIVES",
     "Problem",
     "ReplaySettings",
+    "Task",
     "arithmetic",
+    "load_task",
     "make_batch",
     "mean_loss",
     "one_update",
