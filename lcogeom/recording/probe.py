@@ -162,7 +162,7 @@ class Probe:
         if self._black_box is not None:
             self._black_box.told(self._batches[-1], loss)
 
-    def note(self, *, done: bool = False, **values: float) -> None:
+    def note(self, values: Mapping[str, float], *, done: bool = False) -> None:
         """Fill columns of the row of the update under way that the caller knows: `reward`, `heldout_reward`, ...
 
         done: of the update just made instead, which must not have been flushed: attach with flush_every=None.

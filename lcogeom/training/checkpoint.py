@@ -109,7 +109,8 @@ def _fill(
         state.setdefault(name, {})[kind] = tensor
     for group in plain["param_groups"]:
         group["betas"] = tuple(group["betas"])
-    set_optimizer_state_dict(model, optimizer, {"state": state, **plain}, options=options)
+    both: dict[str, Any] = {"state": state, **plain}
+    set_optimizer_state_dict(model, optimizer, both, options=options)
 
 
 def _own(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def _of_rows(learner: Learner, rollout: Rollout, rows: Tensor) -> tuple[Tensor, 
 
     def logits(model: torch.nn.Module) -> Tensor:
         with learner.precision():
-            return completion_logits(model, sequences).float()  # type: ignore[arg-type]
+            return completion_logits(model, sequences).float()
 
     scored = logits(learner.advantage_model)
     if learner.settings.advantages == "q-rm":

@@ -9,7 +9,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -181,9 +180,11 @@ def needed_fields(reads: Callable[[TokenBatch], object], *, dense: bool) -> froz
         except ValueError as error:
             name = str(error).partition(":")[0]
             if name not in offered or name in found:
-                raise ValueError(f"objective: it cannot be trained on rollouts with these advantages: {error}") from error
+                raise ValueError(
+                    f"objective: it cannot be trained on rollouts with these advantages: {error}"
+                ) from error
             found.add(name)
-            batch = replace(batch, **offered[name])  # type: ignore[arg-type]
+            batch = replace(batch, **offered[name])
         else:
             return frozenset(found)
 
@@ -200,9 +201,10 @@ def with_lora(model: transformers.PreTrainedModel, rank: int) -> Any:
 
 def checkpoint_blocks(model: Any) -> None:
     """Recompute each block in the backward pass. Blocks alone are set to training mode: dropout stays off."""
-    base = unwrap_model(model)
-    base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    base.enable_input_require_grads()  # type: ignore[operator]
+    base: Any = unwrap_model(model)
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)  # the name changes
+    enable({"use_reentrant": False})
+    base.enable_input_require_grads()
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -215,13 +217,3 @@ def _placed(
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=settings.adam_betas, weight_decay=settings.weight_decay)
     placed, wrapped = accelerator.prepare(model, optimizer)
     return placed, wrapped.optimizer  # Accelerate's own step() only adds what fp16 and XLA need
-
-
-def resolved(settings: TrainSettings) -> TrainSettings:
-    """Paths made absolute, so that a resumed run finds its models from anywhere."""
-    changes = {
-        name: str(Path(value).resolve())
-        for name in ("model", "advantage_model")
-        if (value := getattr(settings, name)) is not None and Path(value).is_dir()
-    }
-    return replace(settings, **changes)

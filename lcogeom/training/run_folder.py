@@ -21,6 +21,7 @@ FILE = "training.json"
 MAY_CHANGE = ("updates", "evaluate_every", "checkpoint_every", "keep_checkpoints", "generation_batch")
 """Settings that a resumed run may have otherwise."""
 Row = Mapping[str, object]
+Labels = Mapping[str, str | int | float]
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 """Name -> module that it needs."""
 
@@ -62,7 +63,7 @@ def require(run: Path, settings: TrainSettings, resume: bool) -> None:
 
 @contextlib.contextmanager
 def recorder(
-    learner: Learner, run: Path, step: int, *, there: bool, labels: Mapping[str, str], on_row: Callable[[Row], None]
+    learner: Learner, run: Path, step: int, *, there: bool, labels: Labels, on_row: Callable[[Row], None]
 ) -> Iterator[Probe | None]:
     """The recorder on this run's folder, from update `step` on, and the settings beside it.
 
@@ -73,10 +74,12 @@ def recorder(
         The probe; None where the settings want none.
     """
     settings, main = learner.settings, learner.accelerator.is_main_process
+    if there and (run / FILE).is_file():
+        labels = json.loads((run / FILE).read_text())["labels"]
     if not settings.record:
         if main and not there:
             create_folder(run, {"labels": dict(labels)})
-        _write_settings(run, settings, main)
+        _write_settings(run, settings, labels, main)
         learner.accelerator.wait_for_everyone()
         yield None
         return
@@ -98,7 +101,7 @@ def recorder(
         on_update=on_row if main else None,
     )
     with probe:
-        _write_settings(run, settings, main)
+        _write_settings(run, settings, labels, main)
         yield probe
 
 
@@ -117,12 +120,17 @@ def teller(
             raise ValueError(f"--log: {log!r}; must be one of {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(TRACKERS[log]) is None:
             raise ModuleNotFoundError(f"--log: {log} is not installed. Run: pip install {log}")
-        accelerator.log_with = [LoggerType(log)]
-        accelerator.project_configuration.set_directories(str(run.parent))
-        plain = {key: value for key, value in learner.settings.to_dict().items() if not isinstance(value, (dict, list))}
-        accelerator.init_trackers(run.name, config={key: str(value) for key, value in plain.items()})
+    started = False
 
     def tell(row: Row) -> None:
+        nonlocal started
+        if log is not None and not started:  # the folder is there by now
+            accelerator.log_with = [LoggerType(log)]
+            accelerator.project_configuration.set_directories(str(run))
+            accelerator.init_trackers(
+                "lcogeom", config={key: str(value) for key, value in learner.settings.to_dict().items()}
+            )
+            started = True
         if log is not None:
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
             accelerator.log(numbers, step=int(str(row["step"])))
@@ -132,8 +140,8 @@ def teller(
     return tell
 
 
-def _write_settings(run: Path, settings: TrainSettings, main: bool) -> None:
+def _write_settings(run: Path, settings: TrainSettings, labels: Labels, main: bool) -> None:
     if main:
         unfinished = run / f".{FILE}"
-        unfinished.write_text(json.dumps({"settings": settings.to_dict()}, indent=2) + "\n")
+        unfinished.write_text(json.dumps({"settings": settings.to_dict(), "labels": dict(labels)}, indent=2) + "\n")
         os.replace(unfinished, run / FILE)

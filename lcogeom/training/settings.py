@@ -46,6 +46,8 @@ class TrainSettings:
     """A name of the registry, `lcogeom.objective_names()`."""
     objective_options: Mapping[str, object] = field(default_factory=dict)
     """Its options, for example {"beta": 2.0}."""
+    loss_factor: float = 1.0
+    """What the objective is multiplied by."""
     entropy_bonus: float = 0.0
     """c in loss - c * entropy."""
     intervention: str | None = None
@@ -173,9 +175,11 @@ class TrainSettings:
 
     def _check_numbers(self) -> None:
         at_least = {
-            1: ("held_out", "advantage_k", "old_k", "prompts", "samples", "max_new_tokens", "generation_batch")
-            + ("updates", "inner_epochs", "mini_batches", "micro_batches", "evaluate_every", "keep_checkpoints")
-            + ("tokens_per_update", "audit_every"),
+            1: (
+                *("held_out", "advantage_k", "old_k", "prompts", "samples", "max_new_tokens", "generation_batch"),
+                *("updates", "inner_epochs", "mini_batches", "micro_batches", "evaluate_every", "keep_checkpoints"),
+                *("tokens_per_update", "audit_every"),
+            ),
             0: ("dynamic_sampling", "overlong_buffer", "lora_rank", "checkpoint_every", "black_box", "sketch", "seed"),
         }
         for least, names in at_least.items():
@@ -183,7 +187,7 @@ class TrainSettings:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"{name}: {value}; must be at least {least}.")
-        for name in ("learning_rate", "critic_learning_rate", "temperature", "clip_norm", "critic_clip"):
+        for name in ("learning_rate", "critic_learning_rate", "temperature", "clip_norm", "critic_clip", "loss_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value}; must be a finite number > 0.")
@@ -226,7 +230,7 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as json keeps them."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> TrainSettings:
@@ -248,6 +252,7 @@ def minimised(settings: TrainSettings) -> Objective:
     if settings.objective not in objective_names():
         objective(settings.objective)  # says what there is
     base = objective(settings.objective, **settings.objective_options)
+    base = settings.loss_factor * base if settings.loss_factor != 1 else base
     return base - settings.entropy_bonus * objective("entropy") if settings.entropy_bonus else base
 
 

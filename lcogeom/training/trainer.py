@@ -13,8 +13,6 @@ optimiser step. Every random number follows from the seed and the rollout's numb
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,14 +22,10 @@ import torch
 from torch import Tensor
 
 from lcogeom.models import LoadedModel
-from lcogeom.objectives import TokenBatch
-from lcogeom.recording import Probe
 from lcogeom.training import checkpoint, run_folder
 from lcogeom.training.advantages import gae, informative_groups, overlong_penalty, sequence_advantages
-from lcogeom.training.buffer import Rollout, logprobs_of, token_weights
-from lcogeom.training.critic import value_losses, values_of
-from lcogeom.training.dense_rollout import dense_advantages
-from lcogeom.training.head_input import head_inputs, last_layer
+from lcogeom.training.buffer import Rollout, logprobs_of
+from lcogeom.training.critic import values_of
 from lcogeom.training.learner import Learner, build_learner
 from lcogeom.training.old_policy import keep_old_policy
 from lcogeom.training.replay import completion_logits
@@ -39,14 +33,12 @@ from lcogeom.training.rollout import Sample, pad_id, side_by_side
 from lcogeom.training.sampling import accuracy, gold_samples, sample_all, seed_of
 from lcogeom.training.settings import DENSE_ADVANTAGES, SEQUENCE_ADVANTAGES, TrainSettings
 from lcogeom.training.tasks import Task, load_task
+from lcogeom.training.update import update
 
 Progress = Callable[[Mapping[str, object]], None]
 """Called with each update's row (column of `updates` -> value) when it is known."""
+FLUSH_EVERY = 10  # rollouts
 PROBLEMS, SAMPLES, SHUFFLE, HELD_OUT = range(4)  # what a seed is for
-
-
-class TrainingStopped(RuntimeError):
-    """A loss or a gradient was not finite. The weights are as they were before this update."""
 
 
 def train(
@@ -56,7 +48,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     loaded: LoadedModel | None = None,
-    labels: Mapping[str, str] | None = None,
+    labels: Mapping[str, str | int | float] | None = None,
     log: str | None = None,
 ) -> Path:
     """Train, and record every update into the run folder; checkpoints lie in it, too.
@@ -67,7 +59,7 @@ def train(
         run: folder to create; with `resume`, one to go on in from its last checkpoint, from the start if it has none.
         progress: called by process 0.
         loaded: the model and tokenizer to train, in place of `settings.model`.
-        labels: kept with the run; columns of their own when several runs are read together.
+        labels: kept with the run; columns of their own when several runs are read together. A resumed run has its own.
         log: `tensorboard`, `wandb` or `trackio`: the rows of `updates` go there as well.
 
     Returns:
@@ -85,7 +77,7 @@ def train(
     learner = build_learner(settings, loaded)
     step = checkpoint.load(learner, run) if there else 0
     tell = run_folder.teller(learner, run, progress, log)
-    labels = {"seed": str(settings.seed), "model": settings.model, "task": settings.task, **(labels or {})}
+    labels = {"seed": settings.seed, "model": settings.model, "task": settings.task, **(labels or {})}
     with run_folder.recorder(learner, run, step, there=there, labels=labels, on_row=tell) as probe:
         while step < settings.updates:
             number = step // settings.updates_per_rollout
@@ -101,22 +93,23 @@ def train(
             if settings.completions == "sampled":
                 known["reward"] = float(learner.accelerator.reduce(rollout.rewards.mean(), "mean"))
             for rows in inner_batches(learner, number):
-                found = update(learner, rollout, rows, step, probe, known)
+                found = update(learner, rollout, rows, step, probe=probe, known=known)
                 step += 1
                 if step == settings.updates:
                     last = {"heldout_reward_after": evaluate(learner, task)}
                     found |= last
                     if probe is not None:
-                        probe.note(done=True, **last)
+                        probe.note(last, done=True)
                 if probe is not None:
                     probe.collect()
                 else:
                     tell({"step": step - 1, **found})
                 known.pop("heldout_reward", None)
             due = settings.checkpoint_every and step % settings.checkpoint_every < settings.updates_per_rollout
-            if due or step == settings.updates:
-                if probe is not None:
-                    probe.flush()  # a resumed recording goes on where the checkpoint does
+            save = due or step == settings.updates
+            if probe is not None and (save or (number + 1) % FLUSH_EVERY == 0):
+                probe.flush()  # a resumed recording goes on where the checkpoint does
+            if save:
                 checkpoint.save(learner, run, step)
     learner.accelerator.end_training()
     return run
@@ -194,6 +187,8 @@ def with_advantages(learner: Learner, rollout: Rollout) -> Rollout:
     settings, accelerator = learner.settings, learner.accelerator
     mask = rollout.sequences.action_mask
     if settings.advantages in DENSE_ADVANTAGES:
+        from lcogeom.training.dense_rollout import dense_advantages
+
         return dense_advantages(learner, rollout)
     if settings.advantages in SEQUENCE_ADVANTAGES:
         lengths = accelerator.gather(mask.sum(1))
@@ -291,177 +286,6 @@ def inner_batches(learner: Learner, number: int) -> Iterator[Tensor]:
             rows = rows[torch.randperm(len(rows), generator=draw)]
         for part in rows.chunk(settings.mini_batches):
             yield part.to(learner.device)
-
-
-def update(
-    learner: Learner, rollout: Rollout, rows: Tensor, step: int, probe: Probe | None, known: Mapping[str, float]
-) -> dict[str, float]:
-    """One optimiser step of the policy, and one of the critic. `known`: for the update's row.
-
-    Raises:
-        TrainingStopped: loss or gradient not finite; nothing was stepped.
-    """
-    settings, accelerator = learner.settings, learner.accelerator
-    factor = rate_factor(settings, step)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * factor
-    tokens = accelerator.reduce(rollout.sequences.action_mask[rows].sum(), "sum")
-    learner.optimizer.zero_grad()
-    losses, kept = [], []
-    parts = rows.chunk(settings.micro_batches)
-    for place, part in enumerate(parts):
-        last = place == len(parts) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(learner.policy):
-            loss, share = policy_loss(learner, rollout, part, tokens, len(rows), probe)
-            accelerator.backward(loss)
-        losses.append(loss.detach())
-        kept.append(share)
-    loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
-    norm = clipped(learner.policy, settings.clip_norm)
-    found = dict(known) | {"learning_rate": settings.learning_rate * factor}
-    if learner.intervention is not None:
-        found["kept_share"] = float(accelerator.reduce(torch.stack(kept).sum(), "sum") / tokens)
-    loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # waits for the device, once an update
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise TrainingStopped(
-            f"update {step}: the loss is {loss_value:g} and its gradient's norm {norm_value:g}; stopped before the step. "
-            "The black box in the run folder has the batch (lcogeom.load_run(RUN).black_box()); a lower learning_rate "
-            "or clip_norm may help, and --resume goes on from the last checkpoint."
-        )
-    if learner.critic is not None:
-        found["critic_loss"] = critic_step(learner, rollout, rows, tokens, factor)
-    if probe is not None:
-        probe.note(**found)
-    learner.optimizer.step()
-    return found | {"loss": loss_value, "grad_norm": norm_value}
-
-
-def policy_loss(
-    learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor | int, completions: int, probe: Probe | None
-) -> tuple[Tensor, Tensor]:
-    """The part of an update's loss that some rows make, differentiable, times the number of processes (their mean counts).
-
-    Args:
-        tokens: completion tokens of the whole update, in all processes.
-        completions: of the whole update, in this process.
-
-    Returns:
-        (loss, number of tokens that an intervention kept), scalars.
-    """
-    settings, world = learner.settings, learner.accelerator.num_processes
-    sequences = rollout.sequences[rows]
-    watch = head_inputs(learner.policy) if learner.intervention is not None else contextlib.nullcontext([])
-    with learner.precision(), watch as seen:
-        logits = completion_logits(learner.policy, sequences)  # (M, V)
-    if settings.temperature != 1:
-        logits = logits / settings.temperature
-    batch = rollout.token_batch(rows, logits, settings.temperature, learner.needs)
-    if "ref_logits" in learner.needs:
-        with torch.no_grad(), learner.precision(), learner.reference_policy() as reference:
-            ref_logits = completion_logits(reference, sequences) / settings.temperature
-        batch = replace(batch, ref_logits=ref_logits)
-    kept = None
-    counted: TokenBatch = batch
-    if learner.intervention is not None:
-        layer = None
-        if learner.judges_steps:
-            rate = float(learner.optimizer.param_groups[0]["lr"])
-            layer = last_layer(
-                learner.policy,
-                learner.optimizer,
-                seen[-1],
-                sequences,
-                learning_rate=rate,
-                temperature=settings.temperature,
-            )
-        choice = learner.intervention(logits, batch, objective=learner.objective, layer=layer)
-        counted, kept = choice.batch, choice.keep
-    weights = token_weights(
-        sequences.action_mask,
-        settings.reduction,
-        completions=completions * world,
-        tokens=tokens,
-        longest=settings.max_new_tokens,
-        kept=kept,
-    )  # (M,)
-    loss = (weights * learner.objective.loss(logits, counted)).sum() * world
-    if probe is not None:
-        per_token = {
-            name: None if value is None else value[rows]
-            for name in ("advantages", "advantage_ids", "ref_logprobs")
-            for value in [getattr(rollout, name)]
-        }
-        old = torch.zeros(sequences.input_ids.shape, device=logits.device)
-        assert batch.old_logprobs is not None
-        old[sequences.action_mask] = batch.old_logprobs.float()
-        probe.batch(
-            input_ids=sequences.input_ids,
-            action_mask=sequences.action_mask,
-            old_logprobs=old,
-            old_logits=batch.old_logits,
-            loss=loss,
-            summed=True,
-            **per_token,
-        )
-    count = torch.ones_like(batch.actions).sum() if kept is None else kept.sum()
-    return loss, count
-
-
-def critic_step(learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor, factor: float) -> float:
-    """One optimiser step of the critic on the rows of an update; returns its mean loss per token."""
-    settings, accelerator = learner.settings, learner.accelerator
-    assert learner.critic is not None
-    assert learner.critic_optimizer is not None
-    for group in learner.critic_optimizer.param_groups:
-        group["lr"] = settings.critic_learning_rate * factor
-    learner.critic_optimizer.zero_grad()
-    losses = []
-    parts = rows.chunk(settings.micro_batches)
-    for place, part in enumerate(parts):
-        last = place == len(parts) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(learner.critic):
-            loss = critic_loss(learner, rollout, part, tokens)
-            accelerator.backward(loss)
-        losses.append(loss.detach())
-    clipped(learner.critic, settings.clip_norm)
-    learner.critic_optimizer.step()
-    return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
-
-
-def critic_loss(learner: Learner, rollout: Rollout, rows: Tensor, tokens: Tensor | int) -> Tensor:
-    """The part of the critic's mean loss per token that some rows make, times the number of processes."""
-    assert learner.critic is not None
-    assert rollout.values is not None
-    assert rollout.returns is not None
-    sequences = rollout.sequences[rows]
-    with learner.precision():
-        values = values_of(learner.critic, sequences)  # (R, T)
-    losses = value_losses(values, rollout.returns[rows], rollout.values[rows], learner.settings.critic_clip)
-    return losses[sequences.action_mask].sum() / tokens * learner.accelerator.num_processes
-
-
-def clipped(model: torch.nn.Module, longest: float | None) -> Tensor:
-    """Clip the gradient's norm in place; returns what it was before, a scalar. A gradient that is not finite stays."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    if longest is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, longest, torch.where(norm.isfinite(), norm, 0.0))
-    return norm
-
-
-def rate_factor(settings: TrainSettings, step: int) -> float:
-    """What the learning rate of an update is multiplied by, in (0, 1]."""
-    rise = round(settings.warmup * settings.updates)
-    if step < rise:
-        return (step + 1) / rise
-    left = (settings.updates - step) / max(1, settings.updates - rise)  # 1 at the peak, above 0 at the last update
-    if settings.schedule == "linear":
-        return left
-    if settings.schedule == "cosine":
-        return (1 + math.cos(math.pi * (1 - left))) / 2
-    return 1.0
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
