@@ -1,5 +1,9 @@
-"""The method, top to bottom: problems with checkable answers, rollouts, updates."""
+"""The method, top to bottom: problems with checkable answers, rollouts, updates.
 
+`lcogeom.training.trainer.train` is not imported here: it needs accelerate (pip install 'lcogeom[train]').
+"""
+
+from lcogeom.training.presets import PRESETS, preset
 from lcogeom.training.replay import (
     DEFAULT_OBJECTIVES,
     ReplaySettings,
@@ -9,18 +13,23 @@ from lcogeom.training.replay import (
     replay,
     variant_objective,
 )
+from lcogeom.training.settings import TrainSettings, override
 from lcogeom.training.tasks import Problem, Task, arithmetic, load_task, read_problems, score
 
 __all__ = [
     "DEFAULT_OBJECTIVES",
+    "PRESETS",
     "Problem",
     "ReplaySettings",
     "Task",
+    "TrainSettings",
     "arithmetic",
     "load_task",
     "make_batch",
     "mean_loss",
     "one_update",
+    "override",
+    "preset",
     "read_problems",
     "replay",
     "score",

@@ -1,4 +1,4 @@
-"""Advantages of every token of a rollout, read from a second model: DPO's log-ratio, Q-RM's verifier, ADPA's teacher."""
+"""Advantages of each token of a rollout, read from a second model: DPO's log-ratio, Q-RM's verifier, ADPA's teacher."""
 
 from __future__ import annotations
 

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import accelerate
 import torch
 import transformers
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 
 from lcogeom.models import LoadedModel, load_model
@@ -22,6 +20,12 @@ from lcogeom.objectives import Intervention, LastLayer, Objective, TokenBatch, i
 from lcogeom.recording.unwrap import unwrap_model
 from lcogeom.training.critic import Critic
 from lcogeom.training.settings import DENSE_ADVANTAGES, TrainSettings, minimised
+
+try:
+    import accelerate
+    from accelerate.utils import FullyShardedDataParallelPlugin
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("training needs accelerate. Run: pip install 'lcogeom[train]'") from error
 
 LORA_ALPHA_PER_RANK = 2
 

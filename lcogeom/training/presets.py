@@ -20,7 +20,9 @@ class Preset:
 
 
 # One rollout gives two updates on the whole batch, so that ratios move and LCO's target is one to go to.
-TINY = TrainSettings(model="tiny", task="addition-1", prompts=16, samples=8, max_new_tokens=5, inner_epochs=2)
+TINY = TrainSettings(
+    model="tiny", task="addition-1", prompts=16, samples=8, max_new_tokens=5, inner_epochs=2, held_out_samples=10
+)
 SMOLLM2 = TrainSettings(
     model="smollm2",
     task="products",

@@ -37,6 +37,8 @@ class TrainSettings:
     """What `load_task` knows: addition-1, addition-2, products, reasoning-gym:NAME, a file, a datasets id."""
     held_out: int = 200
     """Problems kept out of training; the held-out reward is measured on them."""
+    held_out_samples: int = 1
+    """Completions of each of them in an evaluation."""
     template: str | None = None
     """The prompt of a file's or data set's problem, with {question} in it; None: the form's own."""
     completions: str = "sampled"
@@ -176,7 +178,16 @@ class TrainSettings:
     def _check_numbers(self) -> None:
         at_least = {
             1: (
-                *("held_out", "advantage_k", "old_k", "prompts", "samples", "max_new_tokens", "generation_batch"),
+                *(
+                    "held_out",
+                    "held_out_samples",
+                    "advantage_k",
+                    "old_k",
+                    "prompts",
+                    "samples",
+                    "max_new_tokens",
+                    "generation_batch",
+                ),
                 *("updates", "inner_epochs", "mini_batches", "micro_batches", "evaluate_every", "keep_checkpoints"),
                 *("tokens_per_update", "audit_every"),
             ),

@@ -292,5 +292,5 @@ def inner_batches(learner: Learner, number: int) -> Iterator[Tensor]:
 
 
 def evaluate(learner: Learner, task: Task) -> float:
-    """Mean reward of one sampled completion of each held-out problem; the same random numbers every time."""
-    return accuracy(learner, task.held_out, seed_of(HELD_OUT))
+    """Mean reward of sampled completions of the held-out problems; the same random numbers every time."""
+    return accuracy(learner, task.held_out * learner.settings.held_out_samples, seed_of(HELD_OUT))
