@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -53,12 +54,13 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.owner = os.getpid()  # a fork of this process must not read its replies
         self.lock = threading.Lock()
 
     def ask(self, question: str) -> float:
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = _start()
+            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+                self.process, self.owner = _start(), os.getpid()
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             try:
@@ -77,10 +79,10 @@ class Worker:
 
     def stop(self) -> None:
         """End the child process."""
-        if self.process is not None:
+        if self.process is not None and self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            self.process = None
+        self.process = None
 
 
 def _start() -> subprocess.Popen[str]:
