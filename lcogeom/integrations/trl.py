@@ -1,6 +1,6 @@
 """What the trainers of TRL 1.16 say of a batch, and which objective they minimise.
 
-All that is read of TRL's internals stands in this file. TRL itself is not imported.
+All that the recorder reads of TRL's internals stands in this file. TRL itself is not imported, but with LCOTrainer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def reading_of(trainer: object) -> Reading | None:
     Raises:
         TapError: it is one of those known, but of another version of TRL, or it lacks what is read.
     """
-    kinds = [kind for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.trainer.")]
+    modules = ("trl.trainer.", "lcogeom.integrations.trl_lco")
+    kinds = [kind for kind in type(trainer).__mro__ if kind.__module__.startswith(modules)]
     known = next((kind for kind in kinds if kind.__name__ in READINGS), None)
     if known is None:
         return None
@@ -77,7 +78,7 @@ def _listen_dpo(_: Any, __: ReplacedMethods) -> Callable[[Mapping[str, Any]], Sa
 
 
 def _listen_rloo(_: Any, __: ReplacedMethods) -> Callable[[Mapping[str, Any]], Said | None]:
-    return lambda inputs: _completions(inputs, inputs["completion_mask"], {"advantages": inputs["advantages"]})
+    return lambda inputs: completions(inputs, inputs["completion_mask"], {"advantages": inputs["advantages"]})
 
 
 def _listen_grpo(trainer: Any, methods: ReplacedMethods) -> Callable[[Mapping[str, Any]], Said | None]:
@@ -101,12 +102,12 @@ def _listen_grpo(trainer: Any, methods: ReplacedMethods) -> Callable[[Mapping[st
         values = {"advantages": inputs["advantages"], "old_logprobs": current if old is None else old}
         if trainer.beta != 0.0:
             values["ref_logprobs"] = inputs["ref_per_token_logps"]
-        return _completions(inputs, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"], values)
+        return completions(inputs, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"], values)
 
     return said
 
 
-def _completions(inputs: Mapping[str, Any], mask: Tensor, values: Mapping[str, Tensor]) -> Said:
+def completions(inputs: Mapping[str, Any], mask: Tensor, values: Mapping[str, Tensor]) -> Said:
     """Prompt and completion joined; mask and values, of the completion or of each sequence, at the tokens' places."""
     prompt = inputs["prompt_ids"]
     nothing = mask.new_zeros(prompt.shape)
@@ -118,6 +119,10 @@ def _completions(inputs: Mapping[str, Any], mask: Tensor, values: Mapping[str, T
         value = (value[:, None] if value.ndim == 1 else value).expand(mask.shape)  # noqa: PLW2901
         found[name] = torch.cat([nothing.to(value.dtype), value], 1)
     return found
+
+
+def _listen_lco(trainer: Any, _: ReplacedMethods) -> Callable[[Mapping[str, Any]], Said | None]:
+    return lambda _: trainer.said or None
 
 
 def _sft_objective(trainer: Any) -> Objective | str:
@@ -165,7 +170,14 @@ def _grpo_objective(trainer: Any) -> Objective | str:
         found = objective(name, clip_low=low, clip_high=high, **({"beta": 0.0} if name == "grpo" else {}))
     if not beta:
         return found
-    return found + beta * (_weighted_k3() if args.use_bias_correction_kl else objective("k3"))
+    return found + beta * (weighted_k3() if args.use_bias_correction_kl else objective("k3"))
+
+
+def _lco_objective(trainer: Any) -> Objective | str:
+    if trainer.beta and trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        return "vLLM's importance weights multiply the objective but not the penalty"
+    found: Objective = trainer.objective
+    return found
 
 
 def _grpo_divisor(trainer: Any) -> float:
@@ -174,7 +186,7 @@ def _grpo_divisor(trainer: Any) -> float:
     return float(trainer.current_gradient_accumulation_steps)
 
 
-def _weighted_k3() -> Objective:
+def weighted_k3() -> Objective:
     """The k3 penalty times the ratio, which is differentiated too: TRL's use_bias_correction_kl."""
     k3 = objective("k3")
     assert isinstance(k3, ActionObjective)
@@ -210,4 +222,14 @@ READINGS = {
         _listen_grpo,
         _grpo_divisor,
     ),
+    "LCOTrainer": Reading(("_compute_loss", "temperature", "loss_type"), _lco_objective, _listen_lco, _grpo_divisor),
 }
+
+
+def __getattr__(name: str) -> Any:
+    """LCOTrainer, which imports TRL when it is asked for."""
+    if name != "LCOTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lcogeom.integrations.trl_lco import LCOTrainer
+
+    return LCOTrainer

@@ -3,6 +3,7 @@
 `lcogeom.training.trainer.train` is not imported here: it needs accelerate (pip install 'lcogeom[train]').
 """
 
+from lcogeom.training.old_policy import OldPolicy, keep_old_policy
 from lcogeom.training.presets import PRESETS, preset
 from lcogeom.training.replay import (
     DEFAULT_OBJECTIVES,
@@ -13,17 +14,21 @@ from lcogeom.training.replay import (
     replay,
     variant_objective,
 )
+from lcogeom.training.rollout import Sequences
 from lcogeom.training.settings import TrainSettings, override
 from lcogeom.training.tasks import Problem, Task, arithmetic, load_task, read_problems, score
 
 __all__ = [
     "DEFAULT_OBJECTIVES",
     "PRESETS",
+    "OldPolicy",
     "Problem",
     "ReplaySettings",
+    "Sequences",
     "Task",
     "TrainSettings",
     "arithmetic",
+    "keep_old_policy",
     "load_task",
     "make_batch",
     "mean_loss",

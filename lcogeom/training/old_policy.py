@@ -25,7 +25,7 @@ from lcogeom.recording.unwrap import require_plain_head, unwrap_model
 from lcogeom.training.rollout import Sequences
 
 ELSEWHERE = -100.0  # the authors' logit of every token outside the top k
-BLOCK = 2**24  # logits worked on together: 64 MiB in float32
+CPU_BLOCK, GPU_BLOCK = 2**22, 2**26  # logits worked on together: 16 and 256 MiB in float32
 
 
 class Kept(Protocol):
@@ -136,7 +136,7 @@ def keep_old_policy(
     """Keep what gives the model's logits at the completion tokens of a rollout back, after it has been trained further.
 
     One forward pass, in eval mode (no dropout, as when sampling), that leaves the model and the random generators as
-    they were. Logits are held for at most 2^24 / V tokens at once.
+    they were. Logits are held for at most 2^22 / V tokens at once (on a GPU 2^26 / V).
 
     Args:
         model: a causal LM, bare or in DDP, FSDP2 or PEFT. Under autocast, call this and `OldPolicy.logits` under the
@@ -150,8 +150,8 @@ def keep_old_policy(
         temperature: that `old_logprobs` are of, the one sampled with. Old logits are never divided by it.
 
     Raises:
-        ValueError: an unknown form, a k, rows_per_pass or temperature out of range, no completion token, or one in the
-            first column, which no logits predict.
+        ValueError: an unknown form, a k, rows_per_pass or temperature out of range, or a completion token in the first
+            column, which no logits predict.
         TypeError: no Hugging Face causal LM, or a wrapper or an adapter on the head that hides it.
         TapError: the model's logits are not its output head applied to its last hidden state.
     """
@@ -164,17 +164,23 @@ def keep_old_policy(
     live = output_head(inner)
     if live is None:
         raise TypeError(f"model: {type(inner).__name__} has several output heads, so its logits are not of one policy.")
+    if hasattr(live.module.weight, "ds_id"):
+        raise TypeError(
+            "model: DeepSpeed ZeRO-3 takes the head's weight apart, and old logits cannot be made of its parts. Shard "
+            "with ZeRO-2 or FSDP2, or update once on each rollout."
+        )
     if not 1 <= k <= live.vocabulary:
         raise ValueError(f"k: {k}; must be between 1 and the vocabulary, {live.vocabulary}.")
     mask = sequences.action_mask.bool()
-    if bool(mask[:, 0].any()) or not bool(mask.any()):
-        raise ValueError("sequences: no completion token, or one in the first column, which no logits predict.")
+    if bool(mask[:, 0].any()):
+        raise ValueError("sequences: a completion token in the first column, which no logits predict.")
     copied = form == "hidden" and head_moves(live)
     head = _as_it_is(live) if copied else live
     states = HiddenStates(_hidden_states(model, inner, live, sequences, rows_per_pass), head, copied)
     chosen = sequences.input_ids[mask]
     logprobs, top = [], []
-    whole, rows = head.gathered(), max(1, BLOCK // head.vocabulary)
+    most = CPU_BLOCK if chosen.device.type == "cpu" else GPU_BLOCK
+    whole, rows = head.gathered(), max(1, most // head.vocabulary)
     for some in torch.arange(len(chosen), device=chosen.device).split(rows):
         logits = whole.logits(states.states[some])
         scaled = logits.float() / temperature

@@ -26,6 +26,7 @@ from lcogeom.training import checkpoint, run_folder
 from lcogeom.training.advantages import gae, informative_groups, overlong_penalty, sequence_advantages
 from lcogeom.training.buffer import Rollout, logprobs_of
 from lcogeom.training.critic import values_of
+from lcogeom.training.dense_rollout import dense_advantages
 from lcogeom.training.learner import Learner, build_learner
 from lcogeom.training.old_policy import keep_old_policy
 from lcogeom.training.replay import completion_logits
@@ -187,8 +188,6 @@ def with_advantages(learner: Learner, rollout: Rollout) -> Rollout:
     settings, accelerator = learner.settings, learner.accelerator
     mask = rollout.sequences.action_mask
     if settings.advantages in DENSE_ADVANTAGES:
-        from lcogeom.training.dense_rollout import dense_advantages
-
         return dense_advantages(learner, rollout)
     if settings.advantages in SEQUENCE_ADVANTAGES:
         lengths = accelerator.gather(mask.sum(1))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "analysis" / "benchmarks"
 
@@ -70,3 +74,31 @@ def test_overhead(tmp_path: Path) -> None:
     for row in json.loads(out.read_text())["rows"]:
         assert len(row["with"]) == len(row["without"]) == 2
         assert min(row["memory"]) > 100
+
+
+def test_rollout_buffer() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "rollout_buffer.py"), "--quick"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = ast.literal_eval(done.stdout.splitlines()[0])
+    head = 151_936 * 64 * 4
+    assert row["ours"]["counted"] == 512 * 64 * 4 + head + 4 * (16 + 128) * 5
+    assert row["stored"]["counted"] == 512 * 151_936 * 4
+    for how in ("stored", "ours"):  # what is counted is what the process grows by
+        assert abs(row[how]["kept"] - row[how]["counted"]) < 4 * 2**20
+    assert row["ours"]["peak"] < 150 * 2**20 < row["stored"]["peak"]
+
+
+def test_rollout_buffer_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the number of tokens named on, and not one token earlier, the buffer is 40 times smaller."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("rollout_buffer")
+    for size, logit_size, heads in ((2, 2, 1.0), (4, 4, 1.0), (2, 4, 1 / 8)):
+        fewest = benchmark.fewest_tokens(size, logit_size, heads)
+        assert fewest > 1
+        for tokens, enough in ((fewest, True), (fewest - 1, False)):
+            kept = benchmark.kept_bytes(tokens, size, heads)
+            assert (benchmark.stored_bytes(tokens, logit_size) >= 40 * kept) is enough
+    assert benchmark.fewest_tokens(2, 2, 0.0) == 1

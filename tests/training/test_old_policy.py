@@ -237,7 +237,8 @@ def test_no_logits_of_all_tokens_are_ever_made(device: torch.device, monkeypatch
     """The forward pass makes logits of the last position alone; the log-probabilities are made in blocks."""
     model = build("llama", device)
     sequences = rollout(model)
-    monkeypatch.setattr("lcogeom.training.old_policy.BLOCK", 41 * 6)
+    for name in ("CPU_BLOCK", "GPU_BLOCK"):
+        monkeypatch.setattr(f"lcogeom.training.old_policy.{name}", 41 * 6)
     rows = []
     linear = torch.nn.functional.linear
 
@@ -271,13 +272,22 @@ def test_a_recorder_beside_it(device: torch.device, tmp_path: Path) -> None:
     assert run.updates["tokens"].tolist() == [int(sequences.action_mask.sum())] * 2
 
 
+def test_a_rollout_without_a_token(device: torch.device) -> None:
+    """A process whose completions were all cut off and masked still takes part."""
+    model = build("llama", device)
+    sequences = rollout(model)
+    nothing = replace(sequences, action_mask=sequences.action_mask & False)
+    for form in ("hidden", "topk"):
+        old = keep_old_policy(model, nothing, form=form)  # type: ignore[arg-type]
+        assert old.logits(torch.arange(5, device=device), nothing.action_mask).shape == (0, 41)
+
+
 BAD: list[tuple[Callable[[transformers.PreTrainedModel, Sequences], object], str]] = [
     (lambda m, s: keep_old_policy(m, s, form="logits"), "form: 'logits'"),  # type: ignore[arg-type]
     (lambda m, s: keep_old_policy(m, s, form="topk", k=42), "k: 42; must be between 1 and the vocabulary, 41"),
     (lambda m, s: keep_old_policy(m, s, rows_per_pass=0), "rows_per_pass"),
     (lambda m, s: keep_old_policy(m, s, temperature=0.0), "temperature"),
     (lambda m, s: keep_old_policy(m, replace(s, action_mask=s.action_mask | True)), "first column"),
-    (lambda m, s: keep_old_policy(m, replace(s, action_mask=s.action_mask & False)), "no completion token"),
     (lambda m, s: keep_old_policy(m, s).logits(torch.tensor([0, 1]), s.action_mask), "one row for each"),
     (lambda m, s: keep_old_policy(m, s).logits(torch.tensor([2]), s.action_mask[:1]), "2 of its tokens are no"),
 ]
