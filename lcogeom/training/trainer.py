@@ -112,7 +112,8 @@ def train(
                 probe.flush()  # a resumed recording goes on where the checkpoint does
             if save:
                 checkpoint.save(learner, run, step)
-    learner.accelerator.end_training()
+    for tracker in learner.accelerator.trackers:  # end_training() would end the process group, too
+        tracker.finish()
     return run
 
 

@@ -14,8 +14,8 @@ import trl
 import lcogeom as lg
 from lcogeom.training.buffer import Rollout
 from lcogeom.training.learner import Learner, build_learner
-from lcogeom.training.sampling import sample_all
 from lcogeom.training.rollout import Sequences, side_by_side
+from lcogeom.training.sampling import sample_all
 from lcogeom.training.tasks import load_task
 from lcogeom.training.update import policy_loss
 from tests.training.runs import small

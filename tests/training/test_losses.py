@@ -32,7 +32,7 @@ def shake(model: torch.nn.Module, size: float) -> None:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += size * (parameter.std(correction=0) + 0.01) * torch.randn(parameter.shape, generator=draw)
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * (parameter.std(correction=0) + 0.01) * size)
 
 
 def in_parts(learner: Learner, rollout: Rollout) -> Tensor:
