@@ -13,20 +13,21 @@ figures/training.py.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy import stats
 
 import lcogeom as lg
+from lcogeom.training import override, preset
 
 METHODS = ("sft", "reinforce", "ppo", "grpo", "lco-kld", "lco-mse", "lco-lch")
 TASKS = {
@@ -41,16 +42,14 @@ def folder(runs: Path, task: str, method: str, seed: int) -> Path:
 
 
 def make(runs: Path, task: str, method: str, seed: int) -> None:
-    """One run, by the command itself, in a process of its own."""
+    """One run, in a worker process."""
+    from lcogeom.training.trainer import train
+
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    changes = [f"task={task}", *TASKS[task], "evaluate_every=10", "sketch=0", "tokens_per_update=64", f"seed={seed}"]
     run = folder(runs, task, method, seed)
-    changes = [f"task={task}", *TASKS[task], "evaluate_every=10", "sketch=0", "tokens_per_update=64"]
-    command = [sys.executable, "-W", "ignore", "-m", "lcogeom.cli", "train", f"tiny-{method}", "--run", str(run)]
-    command += ["--seed", str(seed), *(part for change in changes for part in ("--set", change))]
-    command += ["--resume"] if run.exists() else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{task}, {method}, seed {seed}: {done.stderr[-500:]}")
+    train(override(preset(f"tiny-{method}"), changes), run, resume=run.exists(), labels={"variant": method})
 
 
 def evaluations(runs: Path, task: str, method: str, seed: int) -> pd.DataFrame:
@@ -91,7 +90,7 @@ if __name__ == "__main__":
     wanted = [(task, seed, method) for task in arguments.tasks for seed in range(arguments.seeds) for method in METHODS]
     wanted = [(task, method, seed) for task, seed, method in wanted if method in arguments.methods]
     missing = [one for one in wanted if not list((folder(arguments.runs, *one) / "checkpoints").glob("step-*"))]
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(make, arguments.runs, *one) for one in missing]
         for job in track(jobs, "training", console=Console(stderr=True)):
             job.result()

@@ -35,6 +35,7 @@ SMOLLM2 = TrainSettings(
     updates=20,
     evaluate_every=5,
     held_out=16,
+    held_out_samples=4,
 )
 MATH = TrainSettings(
     model="Qwen/Qwen2.5-3B",

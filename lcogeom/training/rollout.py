@@ -86,6 +86,7 @@ def generate(
             temperature=temperature,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,  # some models bring their own
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=list(stops) or None,

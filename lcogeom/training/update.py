@@ -100,7 +100,8 @@ def policy_loss(
         logits = completion_logits(learner.policy, sequences)  # (M, V)
     if settings.temperature != 1:
         logits = logits / settings.temperature
-    batch = rollout.token_batch(rows, logits, settings.temperature, learner.needs)
+    with learner.precision():  # old logits are rounded as the policy's own
+        batch = rollout.token_batch(rows, logits, settings.temperature, learner.needs)
     if "ref_logits" in learner.needs:
         with torch.no_grad(), learner.precision(), learner.reference_policy() as reference:
             ref_logits = completion_logits(reference, sequences) / settings.temperature
