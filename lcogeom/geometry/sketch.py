@@ -88,22 +88,23 @@ class LinearSketch:
         self._length = size * -(-BLOCK // size)
         self._piece = max(self._length, PIECE if self._device.type == "cpu" else GPU_PIECE)
         self._most = self._length**2 if self._device.type == "cpu" else self._piece  # indexed at once on a GPU
-        self._sum = torch.zeros(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
-        self._converted = torch.empty(0, dtype=dtype, device=device)
+        self._sum = torch.empty(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
+        for half in self._sum.split(self._length):
+            half.zero_()
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
         add = self._add_blocks if self._device.type == "cpu" else self._add_indexed
         with torch.no_grad():
             for values in _flat_parts(tensor.detach(), self._piece):
-                done = 0
-                while done < len(values):
+                done, count = 0, values.numel()
+                while done < count:
                     group, place = divmod(start + done, self._length**2)
-                    length = min(len(values) - done, self._length**2 - place, self._most)
+                    length = min(count - done, self._length**2 - place, self._most)
                     part = values[done : done + length].to(self._device)
                     add(part, group, *divmod(place, self._length))
                     done += length
-                start += len(values)
+                start += count
 
     def result(self) -> Tensor:
         """(size,)."""
@@ -111,20 +112,21 @@ class LinearSketch:
         return (self._sum[: self._length] + self._sum[self._length :])[places].view(-1, self._size).sum(0)
 
     def _add_blocks(self, values: Tensor, group: int, block: int, inside: int) -> None:
-        """Add a stretch of one group, from place `inside` of `block` on: one call for each block, so they are bare."""
-        size, total = self._length, self._sum
-        pieces = (values[: size - inside], *values[size - inside :].split(size))
+        """Add a stretch of one group, from place `inside` of `block` on: all blocks in one call, which needs no GIL."""
+        size, count = self._length, values.numel()
+        lengths = [min(size - inside, count)]
+        lengths += [size] * ((count - lengths[0]) // size)
+        if rest := count - sum(lengths):
+            lengths.append(rest)
         _, *drawn = _draws(size, self._seed, group)
-        tau = _tau(size, self._seed, group, total.dtype)
-        rotations, signs = (some[block : block + len(pieces)].tolist() for some in drawn)
-        convert = values.dtype != total.dtype
-        if convert and not len(self._converted):
-            self._converted = total.new_empty(size)  # one for all: fresh memory for each block costs as much again
-        for piece, rotation, sign in zip(pieces, rotations, signs, strict=False):  # split() of nothing: an empty piece
-            into, length = rotation + inside, len(piece)
-            part = self._converted[:length].copy_(piece) if convert else piece
-            total[into : into + length].addcmul_(part, tau[inside : inside + length], value=sign)
-            inside = 0
+        rotations, signs = (some[block : block + len(lengths)].tolist() for some in drawn)
+        rotations[0] += inside
+        into = [self._sum[start : start + length] for start, length in zip(rotations, lengths, strict=True)]
+        tau = _tau(size, self._seed, group, self._sum.dtype)
+        taus = [tau] * len(lengths)
+        taus[-1] = tau[: lengths[-1]]
+        taus[0] = tau[inside : inside + lengths[0]]
+        torch._foreach_addcmul_(into, values.split_with_sizes(lengths), taus, signs)
 
     def _add_indexed(self, values: Tensor, group: int, block: int, inside: int) -> None:
         """The same, all blocks at once: on a GPU a call for each block costs more than indices."""

@@ -20,8 +20,17 @@ class Rows:
     place: Tensor
     """Of the M rows, int64."""
 
-    def __getitem__(self, rows: Tensor) -> Rows:
+    def __getitem__(self, rows: Tensor | slice) -> Rows:
         return Rows(self.source, self.sequence[rows], self.place[rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, d or V)."""
+        return len(self.sequence), self.source.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
     def gather(self) -> Tensor:
         """(M, d or V)."""
@@ -59,6 +68,15 @@ class Candidates:
 def own(rows: Rows | Tensor) -> Tensor:
     """The rows themselves, (M, d or V)."""
     return rows.gather() if isinstance(rows, Rows) else rows
+
+
+def rows_of(values: Rows | Tensor, rows: slice) -> Tensor:
+    """Some of the rows, (m, d or V); on the CPU one row by itself is not copied."""
+    if isinstance(values, Tensor):
+        return values[rows]
+    if rows.stop - rows.start > 1 or values.source.device.type != "cpu":
+        return values[rows].gather()
+    return values.source[int(values.sequence[rows.start]), int(values.place[rows.start])][None]
 
 
 def choose(sizes: list[Tensor], budget: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
 from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
+from lcogeom.recording.threads import side_by_side
 
 
 class GradientMeter:
@@ -88,7 +89,12 @@ class GradientMeter:
             gradients = [parameter.grad for parameter in self._parameters]
             device = self._parameters[0].device
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            clipped = torch.stack([zero if g is None else self._square(g, device) for g in gradients])
+            squares = side_by_side(
+                lambda gradient: zero if gradient is None else self._square(gradient, device),
+                gradients,
+                sum(map(torch.numel, self._parameters)) if device.type == "cpu" else 0,
+            )
+            clipped = torch.stack(squares)
             scaling = self._scaling.factors()
             self._norms = None
             if scaling is None:

@@ -9,16 +9,16 @@ W, sum w^2 and sum w (z - top'), without cancellation at saturated tokens (metho
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CPU_CHUNK = 24_576  # elements worked on together: 192 KiB in float64, and torch wakes up no second thread for so few
-GPU_CHUNK = 2**23
-LOG2_E = math.log2(math.e)
-LOWEST = -1e4  # exp of it is 0 in float64: logits of -inf count as such, without NaN
+from lcogeom.recording.candidates import Rows, rows_of
+
+CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**23  # logits worked on together: three buffers of them stay near the CPU
+SMALLEST = 1e-37  # of what has an inverse in float32
+LOWEST = -1e4  # exp of it is 0: logits of -inf count as such, without NaN
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class SoftmaxSums:
     """sum (w / W)^2."""
     seen_along: Tensor | None
     """<g, s> for the gradients g handed over."""
-    seen_squares: Tensor | None
-    """<g, g>."""
+    seen_rest: Tensor | None
+    """|g - c s|^2, c = <g, s> / |s|^2: of what is left of them."""
 
     def logprobs(self) -> Tensor:
         """log pi."""
@@ -60,78 +60,73 @@ class SoftmaxSums:
 
 
 def softmax_sums(
-    logits: Tensor, actions: Tensor, seen: Tensor | None = None, others: Tensor | None = None
+    logits: Rows | Tensor,
+    actions: Tensor,
+    seen: Rows | Tensor | None = None,
+    others: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> SoftmaxSums:
-    """The sums of some tokens.
+    """The sums of some tokens, in float32 (float64 where the logits are): what they lose is less than logits' rounding.
 
     Args:
         logits: (N, V), any floating dtype. Rows with NaN or +inf give NaN; -inf stands for a probability of 0.
         actions: (N,) int64.
         seen: gradients with respect to the logits, (N, V).
         others: (N, V), filled with w / W where given: -s, but for its entry 0 at the action.
+        temperature: the policy is softmax(logits / temperature).
     """
     count, width = logits.shape
-    most = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
-    deep = max(1, most // width)
-    columns = [slice(column, min(column + most, width)) for column in range(0, width, most)]
-    sums = torch.zeros(6, count, 1, dtype=torch.float64, device=logits.device)
-    top, total, squares, weighted, along, seen_squares = sums
-    top.fill_(-torch.inf)
-    chosen = logits.gather(1, actions[:, None]).double()
-
-    # Three buffers for all chunks: fresh memory for each would cost as much as the arithmetic.
-    places = None if len(columns) == 1 else actions.tolist()  # rows are cut on the CPU only, and there one at a time
-    memory = torch.empty(3, min(deep, count), min(most, width), dtype=torch.float64, device=logits.device)
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    deep = min(count, max(1, (CPU_ELEMENTS if actions.device.type == "cpu" else GPU_ELEMENTS) // width))
+    # Three buffers for all blocks: fresh memory for each would cost as much as the arithmetic.
+    memory = torch.empty(3, deep, width, dtype=precise, device=actions.device)
+    found: list[Tensor] = []
     for start in range(0, count, deep):
         rows = slice(start, min(start + deep, count))
-        place = None if places is None else places[start]
-        for some in columns:
-            z = logits[rows, some]
-            if _holds(place, some):
-                z = _without(z.clone(), actions[rows], place, some, -torch.inf)
-            top[rows] = torch.maximum(top[rows], z.amax(1, keepdim=True).double())
-        for some in columns:
-            z, w, product = memory[:, : rows.stop - rows.start, : some.stop - some.start]
-            z.copy_(logits[rows, some]).sub_(top[rows]).clamp_(min=LOWEST)
-            _without(z, actions[rows], place, some, LOWEST)
-            torch.mul(z, LOG2_E, out=w).exp2_()
-            total[rows] += w.sum(1, keepdim=True)
-            squares[rows] += _dot(w, w, product)
-            weighted[rows] += _dot(w, z, product)
-            if others is not None:
-                others[rows, some] = w
-            if seen is not None:
-                g = z.copy_(seen[rows, some])
-                along[rows] -= _dot(w, g, product)
-                seen_squares[rows] += _dot(g, g, product)
+        few = memory[:, : rows.stop - rows.start]
+        gradient = None if seen is None else rows_of(seen, rows)
+        found.append(_of_rows(rows_of(logits, rows), actions[rows, None], gradient, temperature, few))
         if others is not None:
-            for some in columns:
-                others[rows, some] /= total[rows]
-    if seen is not None:
-        along = along / total + seen.gather(1, actions[:, None]).double()
+            torch.div(few[1], found[-1][1, :, None].to(precise), out=others[rows])
+    top, total, squares, weighted, chosen, along, rest = torch.cat(found, 1)
     return SoftmaxSums(
-        log_odds=(total.log() + top - chosen).squeeze(1),
-        others_entropy=(total.log() - weighted / total).squeeze(1),
-        others_squares=(squares / total.square()).squeeze(1),
-        seen_along=None if seen is None else along.squeeze(1),
-        seen_squares=None if seen is None else seen_squares.squeeze(1),
+        log_odds=total.log() + (top - chosen) / temperature,
+        others_entropy=total.log() - weighted / total,
+        others_squares=squares / total.square(),
+        seen_along=None if seen is None else along,
+        seen_rest=None if seen is None else rest,
     )
 
 
+def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: float, memory: Tensor) -> Tensor:
+    """(7, n) float64: top', sums of w, w^2 and w (z - top'), z_a, <g, s>, |g - c s|^2.
+
+    memory: (3, n, V); its second part is left as w, 0 at the action.
+    """
+    z, w, product = memory
+    chosen = logits.gather(1, action).double().squeeze(1)
+    z.copy_(logits).scatter_(1, action, -torch.inf)
+    top = z.amax(1, keepdim=True)
+    z -= top
+    if temperature != 1:
+        z /= temperature
+    torch.exp(z.clamp_(min=LOWEST), out=w).scatter_(1, action, 0.0)
+    total, squares, weighted = (part.double() for part in (w.sum(1), _dot(w, w, product), _dot(w, z, product)))
+    plain = [top.squeeze(1).double(), total, squares, weighted, chosen]
+    if seen is None:
+        return torch.stack([*plain, total, total])
+
+    at_action = seen.gather(1, action).double().squeeze(1)
+    along = at_action - _dot(w, seen, product).double() / total
+    slope = along / (1 + squares / total.square())
+    unit = torch.maximum(at_action.abs(), along.abs())  # squares of small gradients underflow
+    unit = torch.where(unit < SMALLEST, 1.0, unit)
+    left = torch.mul(seen, (1 / unit).to(z.dtype)[:, None], out=z)
+    left.addcmul_(w, (slope / total / unit).to(z.dtype)[:, None]).scatter_(1, action, 0.0)
+    rest = _dot(left, left, product).double() + ((at_action - slope) / unit).square()
+    return torch.stack([*plain, along, rest * unit.square()])
+
+
 def _dot(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
-    """(n, 1): of each row. torch.dot and torch.exp would wake up threads for chunks as short as these."""
-    return torch.mul(a, b, out=product).sum(1, keepdim=True)
-
-
-def _holds(place: int | None, columns: slice) -> bool:
-    """Whether these columns hold the row's action; None: they are whole rows."""
-    return place is None or columns.start <= place < columns.stop
-
-
-def _without(z: Tensor, actions: Tensor, place: int | None, columns: slice, value: float) -> Tensor:
-    """z with the value at each row's action, where that is one of these columns; in place."""
-    if place is None:
-        z.scatter_(1, actions[:, None], value)
-    elif _holds(place, columns):
-        z[0, place - columns.start] = value
-    return z
+    """(n,): of each row."""
+    return torch.mul(a, b, out=product).sum(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lcogeom.geometry.sketch import LinearSketch
 from lcogeom.recording.ranks import Ranks, first_row, local
+from lcogeom.recording.threads import side_by_side
 
 SEED = 0  # one for all runs: their sketches are comparable
 PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
@@ -181,16 +182,14 @@ class Sketcher:
 
     def store(self, vector: str, tensors: Sequence[Tensor | None], sign: float = 1.0) -> list[StoredSketch]:
         """The sketches of one vector."""
+        places = defaultdict(list)
+        for place, layer in enumerate(self.layers):
+            places[layer].append(place)
+        parts = sign * torch.stack(self.parts(tensors, list(places.values()), torch.float32))
+        found: list[StoredSketch] = []
         if self.by_layer:
-            places = defaultdict(list)
-            for place, layer in enumerate(self.layers):
-                places[layer].append(place)
-            parts = self.parts(tensors, list(places.values()), torch.float32)
-            found: list[StoredSketch] = [
-                (vector, layer, sign * part) for layer, part in zip(places, parts, strict=True)
-            ]
-            return [*found, (vector, None, sign * torch.stack(parts).sum(0))]
-        return [(vector, None, sign * self.parts(tensors, [list(range(len(tensors)))], torch.float32)[0])]
+            found = [(vector, layer, part) for layer, part in zip(places, parts, strict=True)]
+        return [*found, (vector, None, parts.sum(0))]
 
     def parts(self, tensors: Sequence[Tensor | None], parts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
         """The sketch of the tensors at each part's places, (size,) of that dtype."""
@@ -204,8 +203,7 @@ class Sketcher:
                     total.add(part, self._starts[place] + first_row(tensor) * (part[:1].numel()))
             return total.result()
 
-        with torch.no_grad():
-            found = [work(places) for places in parts]
+        found = side_by_side(work, parts, self._starts[-1] if self._device.type == "cpu" else 0)
         return list(self._ranks.total(torch.stack(found))) if self._ranks.sharded else found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcogeom.geometry.convexity import negative_count
 from lcogeom.objectives import ActionObjective, Objective, TokenBatch
-from lcogeom.recording.candidates import Candidates, Rows
+from lcogeom.recording.candidates import Candidates
 from lcogeom.recording.head import OutputHead
 from lcogeom.recording.softmax_sums import SoftmaxSums, softmax_sums
 
@@ -36,21 +36,20 @@ def measure(
         head: of the model, for the hidden-state tap.
         temperature: the policy is softmax(logits / temperature).
     """
-    if head is None:
-        seen = candidates.values
-        width, most = (seen.source if isinstance(seen, Rows) else seen).shape[-1], BLOCK_ELEMENTS
-    else:
-        width = int(head.module.weight.shape[0])  # type: ignore[index]
-        most = HEAD_ELEMENTS if objective is None or isinstance(objective, ActionObjective) else BLOCK_ELEMENTS
-    step = max(1, most // width)
+    along_action = objective is None or isinstance(objective, ActionObjective)
+    width = candidates.values.shape[-1] if head is None else int(head.module.weight.shape[0])  # type: ignore[index]
     blocks = []
     with torch.no_grad():
+        if head is None and along_action:  # goes through the rows one after the other as it is
+            return _measure_action(candidates, objective, None, temperature)
+        step = max(1, (HEAD_ELEMENTS if along_action else BLOCK_ELEMENTS) // width)
         for start in range(0, len(candidates.actions), step):
             rows = torch.arange(start, min(start + step, len(candidates.actions)), device=candidates.actions.device)
             some = candidates[rows].gathered()
-            if objective is None or isinstance(objective, ActionObjective):
+            if along_action:
                 blocks.append(_measure_action(some, objective, head, temperature))
             else:
+                assert objective is not None
                 blocks.append(_measure_any(some, objective, head, temperature))
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -59,24 +58,23 @@ def _measure_action(
     some: Candidates, objective: Objective | None, head: OutputHead | None, temperature: float
 ) -> Columns:
     """Along s, the logit gradient of every action objective up to the factor f' (1 - pi) / temperature."""
-    values, seen = some.values, some.gradients
-    assert isinstance(values, Tensor)
-    assert isinstance(seen, Tensor)
     if head is None:
-        width = values.shape[1]
-        sums = softmax_sums(_cooled(values, temperature), some.actions, seen)
-        length = sums.direction_norm()
-        along, seen_squares = sums.seen_along, sums.seen_squares
+        width = some.values.shape[1]
+        sums = softmax_sums(some.values, some.actions, some.gradients, temperature=temperature)
+        along, rest = sums.seen_along, sums.seen_rest
         assert along is not None
-        assert seen_squares is not None
-        coefficient = along / length.square()
-        residual = (seen_squares - along * coefficient).clamp(min=0).sqrt()
+        assert rest is not None
+        coefficient = along / sums.direction_norm().square()
+        seen_squares, residual = rest + along * coefficient, rest.sqrt()
         norm = seen_squares.sqrt()
     else:
+        values, seen = some.values, some.gradients
+        assert isinstance(values, Tensor)
+        assert isinstance(seen, Tensor)
         logits = head.logits(values)
         width = logits.shape[1]
         others = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-        sums = softmax_sums(_cooled(logits, temperature), some.actions, None, others)
+        sums = softmax_sums(logits, some.actions, None, others, temperature)
         direction = others.neg_().scatter_(1, some.actions[:, None], 1.0)
         image, g = head.pull_back(direction, logits), seen.double()
         coefficient = (g * image).sum(1) / image.square().sum(1)
