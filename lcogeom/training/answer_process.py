@@ -8,9 +8,13 @@ import functools
 import importlib
 import json
 import os
+import signal
 import sys
 
 MEMORY = 4 << 30  # bytes of address space: a completion must not be able to fill the machine
+FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "webbrowser.")
+READ_ONLY = ("os.listdir", "os.scandir", "os.walk")
+CHECKING: list[bool] = []  # not empty while a completion is being looked at
 
 
 def check(question: dict) -> float:
@@ -48,11 +52,16 @@ def check_reasoning_gym(answer: str, completion: str, details: dict) -> float:
     return min(1.0, max(0.0, float(scorer(completion, entry))))
 
 
-def main(seconds: float) -> None:
+def main(seconds: float, by_the_clock: float) -> None:
     """Serve until the pipe is closed."""
     limit_memory()
+    sys.dont_write_bytecode = True
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not be taken for a score
+    sys.addaudithook(forbid)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin.buffer:
@@ -62,11 +71,27 @@ def main(seconds: float) -> None:
             replies.write(failure + "\n")
             replies.flush()
             continue
-        faulthandler.dump_traceback_later(seconds, exit=True)  # a C thread: ends the process in the midst of any call
+        watch(seconds, by_the_clock)
+        CHECKING.append(True)
         result = check(question)
-        faulthandler.cancel_dump_traceback_later()
+        CHECKING.clear()
+        watch(0, 0)
         replies.write(f"{result!r}\n")
         replies.flush()
+
+
+def watch(seconds: float, by_the_clock: float) -> None:
+    """Let the system end this process after so many seconds of work, whatever it is doing; 0 and 0 call it off.
+
+    Seconds of the processor: a busy machine must not change a score. Those by the clock, many more, end what waits.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # the default action of either signal ends the process
+        signal.setitimer(signal.ITIMER_REAL, by_the_clock)
+    elif seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def preload(checker: str) -> str:
@@ -76,6 +101,21 @@ def preload(checker: str) -> str:
     except ImportError as error:
         return f"{type(error).__name__}: {error}".replace("\n", " ")
     return ""
+
+
+def forbid(event: str, arguments: tuple) -> None:
+    """Audit hook. Some scorers evaluate what they are given as Python: it may compute, but not act on the machine.
+
+    A precaution against what a policy stumbles upon, not a sandbox.
+    """
+    if not CHECKING:
+        return
+    acts = event.startswith(FORBIDDEN) and not event.startswith(READ_ONLY)
+    if event == "open":
+        _, mode, flags = arguments
+        acts = any(letter in (mode or "") for letter in "wax+") or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+    if acts:
+        raise PermissionError(f"{event}: an answer may not do this.")
 
 
 def limit_memory() -> None:
@@ -89,4 +129,4 @@ def limit_memory() -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(float(sys.argv[1]), float(sys.argv[2]))

@@ -3,6 +3,9 @@
 A completion such as \\boxed{9^{9^{9^9}}} keeps sympy busy for ever inside one call, where no signal is handled, and
 math-verify's own time limits need the main thread. So a child process checks, with a watchdog that ends it, and a new
 one takes its place. It starts with the first answer that needs it (half a second) and ends with this process.
+
+Some scorers of reasoning-gym (countdown) evaluate the completion as Python. There it may not open files for writing, or
+start processes; that is a precaution, no sandbox.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SECONDS = 8
-"""The longest that one completion may take."""
+"""The most that one completion may take, of the processor's time."""
+CLOCK_SECONDS = 300
+"""The most by the clock: what ends a completion that waits without working."""
 LONGEST = 4000
 """Characters of a completion that are looked at, from its end, where the answer stands."""
 LIBRARIES = {"math": ("math_verify", "math-verify"), "reasoning-gym": ("reasoning_gym", "reasoning-gym")}
@@ -88,7 +93,7 @@ class Worker:
 def _start() -> subprocess.Popen[str]:
     script = Path(__file__).with_name("answer_process.py")
     process = subprocess.Popen(  # by path, with -P: neither torch nor the modules beside it are imported there
-        [sys.executable, "-P", str(script), str(SECONDS)],
+        [sys.executable, "-P", str(script), str(SECONDS), str(CLOCK_SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -98,7 +103,9 @@ def _start() -> subprocess.Popen[str]:
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
         process.kill()
-        raise RuntimeError(f"score: the process that checks answers did not start. Try: {sys.executable} -P {script} 8")
+        raise RuntimeError(
+            f"score: the process that checks answers did not start. Try: {sys.executable} -P {script} 8 300"
+        )
     return process
 
 

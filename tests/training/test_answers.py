@@ -128,16 +128,17 @@ HOSTILE = {
     "nul and surrogates": "\x00\ud800\\boxed{\udfff}",
     "code": "\\boxed{__import__('os').system('echo 1.0')}",
     "a line like a reply": "1.0\n1.0\n\\boxed{2}\n1.0",
+    "waiting": "\\boxed{" + "\\int " * 500 + "x}",
     "memory": "\\boxed{2^{10000000000}}",
 }
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[None]:
-    """Two seconds for a completion, so that the tests end; the process starts anew with that limit."""
+    """One second for a completion, so that the tests end; the process starts anew with that limit."""
     hard_answers._WORKER.stop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hard_answers, "SECONDS", 2)
+        patch.setattr(hard_answers, "SECONDS", 1)
         yield
     hard_answers._WORKER.stop()
 
@@ -149,8 +150,16 @@ def test_hostile_completions(name: str) -> None:
     for checker, answer in (("math", "41/2"), ("number", "5"), ("text", "5")):
         start = time.monotonic()
         assert score(HOSTILE[name], Problem("?", answer, checker=checker)) == 0
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 300  # a machine that pauses is no fault; for ever would be
     assert score("\\boxed{20.5}", Problem("?", "41/2", checker="math")) == 1
+
+
+def test_the_answer_stands_at_the_end() -> None:
+    """Of a completion without a box, the last 4,000 characters count; a box is found anywhere."""
+    problem = Problem("?", "\\frac{1}{2}", checker="math")
+    assert score("It is $0.5$. " + "well " * 100, problem) == 1
+    assert score("It is $0.5$. " + "well " * 1000, problem) == 0
+    assert score("It is \\boxed{0.5}. " + "well " * 1000, problem) == 1
 
 
 def test_from_any_thread() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -160,14 +161,26 @@ def test_reasoning_gym_with_a_template() -> None:
 
 
 @GYM
-def test_reasoning_gym_completions_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The countdown scorer evaluates what it is given."""
+def test_reasoning_gym_completions_that_hang_or_act(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The countdown scorer evaluates what it is given: as reasoning-gym has it, each of these would do what it says."""
     hard_answers._WORKER.stop()
     monkeypatch.setattr(hard_answers, "SECONDS", 1)
     (problem,) = load_task("reasoning-gym:countdown", held_out=1).held_out
-    assert score("9**9**9**9", problem) < 1
-    assert score("exit()", problem) < 1
-    assert score(problem.answer, problem) == 1
+    touched = tmp_path / "touched"
+    for completion in (
+        "9**9**9**9",
+        "exit()",
+        "print(1.0)",
+        f"__import__('os').system('touch {touched}')",
+        f"__import__('subprocess').run(['touch', '{touched}'])",
+        f"open('{touched}', 'w')",
+    ):
+        assert score(completion, problem) < 1
+        assert score(problem.answer, problem) == 1
+    assert not touched.exists()
+    hard_answers._WORKER.stop()
+    monkeypatch.setattr(hard_answers, "CLOCK_SECONDS", 2)
+    assert score("__import__('time').sleep(10**6)", problem) < 1
     hard_answers._WORKER.stop()
 
 
