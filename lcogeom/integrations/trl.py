@@ -122,7 +122,7 @@ def completions(inputs: Mapping[str, Any], mask: Tensor, values: Mapping[str, Te
 
 
 def _listen_lco(trainer: Any, _: ReplacedMethods) -> Callable[[Mapping[str, Any]], Said | None]:
-    return lambda _: trainer.said or None
+    return lambda _: trainer.said()
 
 
 def _sft_objective(trainer: Any) -> Objective | str:

@@ -5,8 +5,11 @@ Written against TRL 1.16, whose internals it relies on; tests/integrations/test_
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,9 +19,11 @@ from torch import Tensor
 
 from lcogeom.integrations.trl import VERSION, completions, weighted_k3
 from lcogeom.objectives import Objective, TokenBatch, objective
-from lcogeom.recording.unwrap import unwrap_model
+from lcogeom.recording.head import output_head
+from lcogeom.recording.unwrap import require_plain_head, unwrap_model
 from lcogeom.training.advantages import rule_reward
-from lcogeom.training.old_policy import OldPolicy, keep_old_policy
+from lcogeom.training.chunked_loss import in_blocks
+from lcogeom.training.old_policy import OldPolicy, eval_mode, keep_old_policy, require_image
 from lcogeom.training.rollout import Sequences
 
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
@@ -61,7 +66,9 @@ class LCOTrainer(trl.GRPOTrainer):
     - What LCO has no place for raises ValueError: an entropy bonus, ratios of whole completions, masks by entropy or by
       distance from the sampling policy, delta, a mixture of experts' auxiliary loss, images.
 
-    The micro-batch's own logits, [tokens, V], are made, which GRPOTrainer avoids.
+    Like TRL's, the loss is computed inside the model's forward and block by block: [tokens, V] is not held, old logits
+    included. Only a recorder beside it has the old logits of a micro-batch made whole. Objectives that couple tokens
+    (`gspo`, `minpro`, pairs) raise ValueError at the first loss.
 
     Args:
         *args, **options: of GRPOTrainer.
@@ -101,11 +108,11 @@ class LCOTrainer(trl.GRPOTrainer):
         self.advantage_kind, self.old_form, self.old_k = advantages, old_policy, old_k
         self._old: OldPolicy | None = None
         self._rewards: Tensor | None = None
-        self.said: dict[str, Any] = {}
-        """Of the last loss: arguments of Probe.batch, which RecorderCallback hands on."""
+        self._said: tuple[Any, ...] = ()
         for reason, present in self._unsupported():
             if present:
                 raise ValueError(f"args: {reason}")
+        add_blocks(unwrap_model(self.model))
 
     def _unsupported(self) -> list[tuple[str, bool]]:
         level = self.importance_sampling_level
@@ -176,66 +183,80 @@ class LCOTrainer(trl.GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         mask = _mask(inputs).bool()
-        logits = self._logits(model, inputs)[mask]  # (M, V), of the sampled policy: divided by the temperature
         mode = "train" if self.model.training else "eval"
-        per_token = penalty = logits.float().sum(1)  # without a token: 0, but every process goes backward
-        self.said = {}
-        if len(logits):
-            batch, weights = self._token_batch(inputs, mask, logits.detach())
-            per_token = self.minimised.loss(logits, batch)
-            if weights is not None:
-                per_token = per_token * weights
-            if self.beta:
-                penalty = self._penalty().loss(logits, batch)
-                per_token = per_token + self.beta * penalty
-        if self.beta:
-            self._note(mode, "kl", penalty.detach())
-        with torch.no_grad():
-            logp = torch.log_softmax(logits.float(), 1)
-            self._note(mode, "entropy", -(logp.exp() * logp).sum(1))
-        return self._averaged(torch.zeros(mask.shape).to(per_token).masked_scatter(mask, per_token), mask, inputs, mode)
+        batch, weights = self._token_batch(inputs, mask)
+        reader = self._old_reader(inputs, mask)
 
-    def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """(B, C, V), in the units of the sampled policy."""
-        kept = inputs["completion_ids"].shape[1] + 1
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(type(unwrap_model(self.model)).forward).parameters:
-            options["logits_to_keep"] = kept
+        def of_logits(logits: Tensor, some: slice) -> Tensor:
+            """(m, 3): loss, penalty, entropy. logits (m, V), of the sampled policy: divided by the temperature."""
+            logp = torch.log_softmax(logits.detach().float(), 1)
+            entropy = -(logp.exp() * logp).sum(1)
+            if batch is None:  # without a token the sum is 0, but every process goes backward
+                return torch.stack([logits.float().sum(1), entropy, entropy], 1)
+            known = batch[some]
+            if known.old_logprobs is None:  # of the first update on a rollout
+                known = replace(known, old_logprobs=logp.gather(1, known.actions[:, None]).squeeze(1))
+            old = logits.detach() if reader is None else reader(some) / self.temperature
+            loss = self.minimised.loss(logits, replace(known, old_logits=old))
+            penalty = self._penalty().loss(logits, known) if self.beta else torch.zeros_like(loss)
+            return torch.stack([loss, penalty, entropy.to(loss)], 1)
+
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        whole = torch.cat([torch.zeros_like(inputs["prompt_mask"]).bool(), mask], 1)
         with self.accelerator.autocast():
-            logits: Tensor = model(input_ids=ids, attention_mask=attention, **options).logits[:, -kept:-1]
-        return logits if self.temperature == 1.0 else logits / self.temperature
+            found, hidden = model(
+                input_ids=ids, attention_mask=attention, lcogeom_blocks=(of_logits, whole, self.temperature)
+            )
+        per_token, penalty, entropy = found.unbind(1)
+        if weights is not None:
+            per_token = per_token * weights
+        if self.beta:
+            per_token = per_token + self.beta * penalty
+            self._note(mode, "kl", penalty.detach())
+        self._note(mode, "entropy", entropy.detach())
+        self._said = (inputs, mask, batch, reader, hidden.detach())
+        return self._averaged(torch.zeros(mask.shape).to(per_token).masked_scatter(mask, per_token), mask, inputs, mode)
 
-    def _token_batch(self, inputs: dict[str, Any], mask: Tensor, logits: Tensor) -> tuple[TokenBatch, Tensor | None]:
-        """(what the objective reads, vLLM's importance weights (M,)), both of the M completion tokens."""
-        old_logits = logits
-        if ROWS in inputs:
-            assert self._old is not None
-            prompt = torch.zeros_like(inputs["prompt_mask"]).bool()
-            with self.accelerator.autocast():
-                old_logits = self._old.logits(inputs[ROWS], torch.cat([prompt, mask], 1))
-            old_logits = old_logits if self.temperature == 1.0 else old_logits / self.temperature
-        actions = inputs["completion_ids"][mask]
-        old = inputs.get("old_per_token_logps")
-        if old is None:
-            now = torch.log_softmax(logits.float(), 1).gather(1, actions[:, None]).squeeze(1)
-            old = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, now)
-        values = {"advantages": inputs["advantages"], "old_logprobs": old}
+    def said(self) -> dict[str, Any] | None:
+        """Of the last loss: arguments of Probe.batch. Old logits are made whole for it, [tokens, V]."""
+        inputs, mask, batch, reader, hidden = self._said
+        if batch is None:
+            return None
+        head = output_head(unwrap_model(self.model))
+        assert head is not None
+        with torch.no_grad(), self.accelerator.autocast():
+            now = head.gathered().logits(hidden) / self.temperature
+            old = now if reader is None else reader(slice(None)) / self.temperature
+        values = {"advantages": inputs["advantages"], "old_logprobs": inputs.get("old_per_token_logps")}
+        if values["old_logprobs"] is None:
+            found = torch.log_softmax(now.float(), 1).gather(1, batch.actions[:, None]).squeeze(1)
+            values["old_logprobs"] = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
         if self.beta:
             values["ref_logprobs"] = inputs["ref_per_token_logps"]
-        wide = {name: _wide(value, mask) for name, value in values.items()}
-        self.said = completions(inputs, mask, values) | {"old_logits": old_logits}
+        return completions(inputs, mask, values) | {"old_logits": old}
+
+    def _old_reader(self, inputs: dict[str, Any], mask: Tensor) -> Callable[[slice], Tensor] | None:
+        """Old logits of some of the M completion tokens, undivided; None where the current ones are the old ones."""
+        if ROWS not in inputs:
+            return None
+        assert self._old is not None
+        prompt = torch.zeros_like(inputs["prompt_mask"]).bool()
+        return self._old.blocks(inputs[ROWS], torch.cat([prompt, mask], 1))
+
+    def _token_batch(self, inputs: dict[str, Any], mask: Tensor) -> tuple[TokenBatch | None, Tensor | None]:
+        """(what the objective reads, but old logits; None without a token. vLLM's importance weights, (M,))."""
         ratio = inputs.get("importance_sampling_ratio")
-        return (
-            TokenBatch(
-                actions,
-                old_logits=old_logits,
-                sequences=mask.nonzero()[:, 0],
-                **{name: value[mask] for name, value in wide.items()},
-            ),
-            None if ratio is None else _wide(ratio, mask)[mask],
-        )
+        weights = None if ratio is None else _wide(ratio, mask)[mask]
+        actions = inputs["completion_ids"][mask]
+        if len(actions) == 0:
+            return None, weights
+        values = {"advantages": inputs["advantages"]}
+        if "old_per_token_logps" in inputs:
+            values["old_logprobs"] = inputs["old_per_token_logps"]
+        if self.beta:
+            values["ref_logprobs"] = inputs["ref_per_token_logps"]
+        return TokenBatch(actions, **{name: _wide(value, mask)[mask] for name, value in values.items()}), weights
 
     def _averaged(self, per_token: Tensor, mask: Tensor, inputs: dict[str, Any], mode: str) -> Tensor:
         """The loss of a micro-batch from that of its tokens (B, C), 0 off the mask, as TRL averages each loss_type."""
@@ -266,6 +287,38 @@ def require_internals(trainer: type) -> None:
                 f"LCOTrainer: TRL {version('trl')}'s GRPOTrainer.{name} takes {found or 'nothing: it is gone'}, where "
                 f"{arguments} was expected. Install 'trl=={VERSION}.*'."
             )
+
+
+def add_blocks(model: torch.nn.Module) -> None:
+    """Give a causal LM's forward the argument `lcogeom_blocks`: (a function for `in_blocks`, (B, T) mask, temperature).
+
+    With it, forward returns (the function's values (M, n), what the head sees (M, d)) instead of logits. It runs inside
+    the forward, because there FSDP and DDP have parameters and gradients in place.
+    """
+    before = model.forward  # TRL's, which knows fused_lm_head
+    understood: list[bool] = []
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, lcogeom_blocks: tuple[Any, Tensor, float] | None = None, **options: Any) -> Any:
+        if lcogeom_blocks is None:
+            return before(*args, **options)
+        of_logits, mask, temperature = lcogeom_blocks
+        require_plain_head(self)
+        head = output_head(self)
+        if head is None:
+            raise TypeError(f"model: {type(self).__name__} has several output heads.")
+        if not understood:  # once, without dropout
+            last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(self).forward).parameters else {}
+            with torch.no_grad(), eval_mode(self):
+                logits = before(*args, **options, **last, use_cache=False).logits
+                hidden = self.base_model(*args, **options, use_cache=False).last_hidden_state
+            require_image(head.gathered(), hidden, logits, mask)
+            understood.append(True)
+        hidden = self.base_model(*args, **options, use_cache=False).last_hidden_state
+        rows = hidden[:, :-1][mask[:, 1:]]
+        return in_blocks(of_logits, rows, head, temperature=temperature), rows
+
+    model.forward = types.MethodType(forward, model)
 
 
 def _by_name(chosen: str | Objective) -> Objective:

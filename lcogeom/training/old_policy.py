@@ -34,6 +34,9 @@ class Kept(Protocol):
     def logits(self, places: Tensor) -> Tensor:
         """Of some of the tokens: (m,) int64 -> (m, V)."""
 
+    def gathered(self) -> Kept:
+        """The same with a whole head, where FSDP2 shards it: a collective call."""
+
     @property
     def nbytes(self) -> int:
         """Memory held for it, beside the model's own."""
@@ -53,6 +56,9 @@ class HiddenStates:
     def logits(self, places: Tensor) -> Tensor:
         return self.head.gathered().logits(self.states[places])
 
+    def gathered(self) -> HiddenStates:
+        return replace(self, head=self.head.gathered())
+
     @property
     def nbytes(self) -> int:
         return _nbytes(self.states) + sum(_nbytes(buffer) for buffer in self.head.module.buffers() if self.copied)
@@ -71,6 +77,9 @@ class TopLogits:
     def logits(self, places: Tensor) -> Tensor:
         values, ids = self.values[places], self.ids[places].long()
         return values.new_full((len(values), self.vocabulary), ELSEWHERE).scatter_(1, ids, values)
+
+    def gathered(self) -> TopLogits:
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +111,15 @@ class OldPolicy:
         Raises:
             ValueError: shapes that do not fit, or a token that is no completion token of the rollout.
         """
+        return self.kept.logits(self._places(rows, action_mask))
+
+    def blocks(self, rows: Tensor, action_mask: Tensor) -> Callable[[slice], Tensor]:
+        """The same block by block, for `chunked_loss`: (some of the M' tokens) -> (m, V). The head is gathered once."""
+        places, kept = self._places(rows, action_mask), self.kept.gathered()
+        return lambda some: kept.logits(places[some])
+
+    def _places(self, rows: Tensor, action_mask: Tensor) -> Tensor:
+        """Among the tokens kept, (M',)."""
         width = self.action_mask.shape[1]
         if action_mask.ndim != 2 or len(action_mask) != len(rows) or action_mask.shape[1] > width:
             raise ValueError(
@@ -115,7 +133,7 @@ class OldPolicy:
                 f"action_mask: {int((places < 0).sum())} of its tokens are no completion tokens of the rollout whose "
                 "policy was kept. Check `rows`, or keep the old policy of this rollout."
             )
-        return self.kept.logits(places)
+        return places
 
     @property
     def nbytes(self) -> int:
@@ -179,8 +197,7 @@ def keep_old_policy(
     states = HiddenStates(_hidden_states(model, inner, live, sequences, rows_per_pass), head, copied)
     chosen = sequences.input_ids[mask]
     logprobs, top = [], []
-    most = CPU_BLOCK if chosen.device.type == "cpu" else GPU_BLOCK
-    whole, rows = head.gathered(), max(1, most // head.vocabulary)
+    whole, rows = head.gathered(), tokens_in_block(head.vocabulary, chosen.device)
     for some in torch.arange(len(chosen), device=chosen.device).split(rows):
         logits = whole.logits(states.states[some])
         scaled = logits.float() / temperature
@@ -193,6 +210,11 @@ def keep_old_policy(
         return OldPolicy(mask, old, states)
     values, ids = (torch.cat([getattr(each, part) for each in top]) for part in ("values", "indices"))
     return OldPolicy(mask, old, TopLogits(values.half(), ids.int(), head.vocabulary))
+
+
+def tokens_in_block(vocabulary: int, device: torch.device) -> int:
+    """Of how many tokens logits are held at once."""
+    return max(1, (CPU_BLOCK if device.type == "cpu" else GPU_BLOCK) // vocabulary)
 
 
 def _hidden_states(
@@ -220,7 +242,7 @@ def _hidden_states(
                 logits = outer(input_ids=ids, attention_mask=attention, use_cache=False, **options).logits
                 hidden = seen.popitem()[1]
                 if states is None:
-                    _require_image(head.gathered(), hidden, logits, ids)
+                    require_image(head.gathered(), hidden, logits, ids)
                     states = hidden.new_empty(int(mask.sum()), hidden.shape[2])
                 found = hidden[:, :-1][actions]
                 states[filled : filled + len(found)] = found
@@ -231,8 +253,11 @@ def _hidden_states(
     return states
 
 
-def _require_image(head: OutputHead, hidden: Tensor, logits: Tensor, ids: Tensor) -> None:
-    """LastHidden checks it as well, but not inside PEFT, which calls the model's forward past its hooks."""
+def require_image(head: OutputHead, hidden: Tensor, logits: Tensor, ids: Tensor) -> None:
+    """Raise TapError unless logits (B, T', V) are what the head makes of hidden states (B, T, d), at the last position.
+
+    LastHidden checks it as well, but not inside PEFT, which calls the model's forward past its hooks.
+    """
     if hidden.shape[:2] != ids.shape or head_gap(head, hidden, logits) > head_tolerance(logits):
         raise TapError(
             "model: its logits are not its output head applied to its last hidden state, so they cannot be recomputed "

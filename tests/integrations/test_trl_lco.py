@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ import lcogeom as lg
 from lcogeom.integrations.transformers import RecorderCallback
 from lcogeom.integrations.trl import LCOTrainer, reading_of
 from lcogeom.integrations.trl_lco import OVERRIDDEN, require_internals, require_trl
+from tests.integrations.lco_halves import blocks_of
 from tests.integrations.trainers import HEAD_TOO, LORA, PROMPTS, reward, run, settings, tiny
+from tests.small_models import build
 
 TRAINER_OPTIONS = ("objective", "advantages", "old_policy", "old_k")
 pytestmark = pytest.mark.filterwarnings("error:update", "error:RecorderCallback")
@@ -53,6 +57,7 @@ class Oracle:
         self.trainer, self.losses, self.gradients, self.late = trainer, [], [], 0
         self.twin = tiny(adapter).model  # not a copy: the forward that TRL gave the model would run the model's own
         generate, compute = trainer._generate_and_score_completions, trainer._compute_loss
+        self.computes = compute
 
         def generated(inputs: Any) -> Any:
             self.twin.load_state_dict(trainer.model.state_dict())
@@ -96,9 +101,9 @@ class Oracle:
             ratio = (logp - inputs["old_per_token_logps"][mask]).exp() if trainer.args.use_bias_correction_kl else 1.0
             per_token = per_token + trainer.beta * ratio * (gap.exp() - gap - 1)
         accumulated = trainer.args.gradient_accumulation_steps
-        if trainer.loss_type == "dapo":  # one process; every accumulation window has its share of the rollout's tokens
+        if trainer.loss_type == "dapo":  # every accumulation window has its share of the rollout's tokens
             share = accumulated / trainer.args.steps_per_generation
-            return per_token.sum() / (inputs["num_items_in_batch"] * share)
+            return per_token.sum() / (inputs["num_items_in_batch"] / trainer.accelerator.num_processes * share)
         if trainer.loss_type == "bnpo":
             return per_token.mean() / accumulated
         if trainer.loss_type == "dr_grpo":
@@ -118,12 +123,13 @@ class Oracle:
 CASES: dict[str, dict[str, Any]] = {
     "one update": {"objective": "lco-kld"},
     "kld": {"objective": "lco-kld", "num_iterations": 3},
-    "mse": {"objective": "lco-mse", "num_iterations": 2, "loss_type": "grpo"},
-    "lch": {"objective": "lco-lch", "num_iterations": 2, "loss_type": "bnpo"},
+    "mse": {"objective": "lco-mse", "num_iterations": 2, "loss_type": "grpo", "gradient_accumulation_steps": 2},
+    "lch": {"objective": "lco-lch", "num_iterations": 2, "loss_type": "bnpo", "gradient_accumulation_steps": 2},
     "rule": {
         "objective": lg.objective("lco-kld", negative_beta_scale=100.0, beta=0.5), "advantages": "rule",
-        "num_iterations": 2, "loss_type": "dr_grpo",
+        "num_iterations": 2, "loss_type": "dr_grpo", "gradient_accumulation_steps": 2,
     },
+    "one update, top k": {"objective": "lco-kld", "old_policy": "topk"},
     "top k": {"objective": "lco-kld", "old_policy": "topk", "num_iterations": 2},
     "temperature": {"objective": "lco-mse", "temperature": 0.7, "num_iterations": 2},
     "accumulation": {
@@ -141,14 +147,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_are_the_objectives(case: str, tmp_path: Path) -> None:
+def test_loss_and_gradient_are_the_objectives(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed in blocks of seven tokens, of a rollout of twelve or more."""
+    monkeypatch.setattr("lcogeom.training.old_policy.CPU_BLOCK", 7 * tiny().model.config.vocab_size)
     options = dict(CASES[case])
     trainer = lco(tmp_path, 4, learning_rate=3e-3, **options)
     oracle = Oracle(trainer, options.get("adapter"))
     run(trainer)
     oracle.check()
     assert len(oracle.losses) == 4 * trainer.args.gradient_accumulation_steps
-    assert (oracle.late > 0) == (case != "one update")
+    assert (oracle.late > 0) == (not case.startswith("one update"))
 
 
 def test_bf16(tmp_path: Path) -> None:
@@ -274,6 +282,41 @@ def test_rule_advantages(tmp_path: Path) -> None:
     )[0]
     run(trainer)
     assert seen[0].tolist() == [0.0, 1.0, -1.0, 1.0]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP under TRL: each process's loss is the objective of its half, and both end with the same parameters. FSDP2:
+    values and gradients of the blocks inside a sharded model's forward are those of one process."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.integrations.lco_halves", str(tmp_path)]
+    running = [
+        subprocess.Popen(
+            command, cwd=root, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in running:
+        _, said = process.communicate(timeout=180)
+        assert process.returncode == 0, said[-3000:]
+    ends = [torch.load(tmp_path / f"ddp-{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    model = build("llama-gqa-tied", torch.device("cpu"))
+    values, gradients = blocks_of(model, [0, 1, 2, 3])
+    halves = [torch.load(tmp_path / f"fsdp2-{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([half["values"] for half in halves]), values, rtol=1e-5, atol=1e-5)
+    for half in halves:
+        for found, wanted in zip(half["gradients"], gradients, strict=True):
+            assert (found - wanted / 2).norm() <= 1e-5 * wanted.norm()  # FSDP2 averages over processes
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return int(taken.getsockname()[1])
 
 
 @pytest.mark.parametrize(
