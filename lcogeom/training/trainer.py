@@ -38,7 +38,7 @@ from lcogeom.training.update import update
 
 Progress = Callable[[Mapping[str, object]], None]
 """Called with each update's row (column of `updates` -> value) when it is known."""
-FLUSH_EVERY = 10  # rollouts
+FLUSH_EVERY, FLUSH_SECONDS = 10, 60.0  # rollouts, s
 PROBLEMS, SAMPLES, SHUFFLE, HELD_OUT = range(4)  # what a seed is for
 
 
@@ -80,6 +80,7 @@ def train(
     tell = run_folder.teller(learner, run, progress, log)
     labels = {"seed": settings.seed, "model": settings.model, "task": settings.task, **(labels or {})}
     with run_folder.recorder(learner, run, step, there=there, labels=labels, on_row=tell) as probe:
+        flushed = time.monotonic()
         while step < settings.updates:
             number = step // settings.updates_per_rollout
             began, known = time.monotonic(), dict[str, float]()
@@ -108,8 +109,13 @@ def train(
                 known.pop("heldout_reward", None)
             due = settings.checkpoint_every and step % settings.checkpoint_every < settings.updates_per_rollout
             save = due or step == settings.updates
-            if probe is not None and (save or (number + 1) % FLUSH_EVERY == 0):
+            waited = torch.tensor(time.monotonic() - flushed, device=learner.device)
+            late = (
+                float(learner.accelerator.reduce(waited, "mean")) > FLUSH_SECONDS
+            )  # clocks differ; all flush together
+            if probe is not None and (save or late or (number + 1) % FLUSH_EVERY == 0):
                 probe.flush()  # a resumed recording goes on where the checkpoint does
+                flushed = time.monotonic()
             if save:
                 checkpoint.save(learner, run, step)
     for tracker in learner.accelerator.trackers:  # end_training() would end the process group, too

@@ -59,7 +59,9 @@ def test_against_high_precision(
             for name, value in wanted.items():
                 attribute = getattr(found, name)
                 got = float((attribute() if callable(attribute) else attribute)[row])
-                scale = {"seen_along": 1.0, "seen_rest": 1.0, "entropy": 1e-2}.get(name, 0.0)  # where others saturate, 1e-16 is lost
+                scale = {"seen_along": 1.0, "seen_rest": 1.0, "entropy": 1e-2}.get(
+                    name, 0.0
+                )  # where others saturate, 1e-16 is lost
                 assert got == pytest.approx(float(value), rel=1e-13, abs=1e-13 * scale + 1e-300), (name, row)
             assert others[row].cpu().tolist() == pytest.approx([0.0 if j == a else float(-x) for j, x in enumerate(s)])
 

@@ -119,6 +119,7 @@ def test_value_losses() -> None:
     values, returns, old = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
     assert value_losses(values, returns, old, None).tolist() == [0.5, 0.5]
     assert value_losses(torch.tensor([0.1]), torch.zeros(1), torch.ones(1), 0.2).tolist() == pytest.approx([0.32])
+    assert value_losses(torch.tensor([0.9]), torch.ones(1), torch.zeros(1), 0.2).tolist() == pytest.approx([0.32])
 
 
 def test_learning_rates() -> None:
@@ -134,7 +135,18 @@ def test_dull_groups_are_exchanged_for_lively_ones() -> None:
     assert exchange_groups(old, dull, new, lively, 2) == ["C", "D", "c", "d", "e", "f"]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+QUICK = {
+    "smollm2-sft",
+    "qwen2.5-3b-math-lco-kld-authors",
+    "qwen2.5-3b-math-ppo",
+    "qwen2.5-3b-math-grpo",
+    "capo-aggressive",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_every_preset_runs_dry(name: str, tmp_path: Path) -> None:
     settings = dry_run(preset(name), tmp_path / "model")
     run = lg.load_run(train(settings, tmp_path / "run"))

@@ -43,7 +43,14 @@ def in_two_processes(folder: Path, how: str, names: list[str]) -> None:
         assert process.returncode == 0, said[-3000:]
 
 
-@pytest.mark.parametrize(("how", "names"), [("ddp", ["grpo", "ppo"]), ("fsdp", ["grpo", "lco-kld"])])
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("fsdp", ["grpo", "lco-kld"]),
+        pytest.param("ddp", ["grpo", "lco-kld", "ppo"], marks=pytest.mark.slow),
+        pytest.param("fsdp", ["ppo"], marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_as_one_does(how: str, names: list[str], tmp_path: Path) -> None:
     in_two_processes(tmp_path, how, names)
     for name in names:
