@@ -32,7 +32,11 @@ from lcogeom.training import override, preset
 METHODS = ("sft", "reinforce", "ppo", "grpo", "lco-kld", "lco-mse", "lco-lch")
 TASKS = {
     "addition-1": ["updates=100", "learning_rate=1e-4", "held_out_samples=20"],
-    "addition-2": ["updates=200", "learning_rate=1e-4", "prompts=32", "held_out_samples=4"],
+    # Two digits learn slowly: constant rates left GRPO at .58 to .61 of .55, this one took it to .64 in 160 updates.
+    "addition-2": [
+        *("updates=200", "inner_epochs=1", "prompts=32", "held_out_samples=4"),
+        *("learning_rate=6e-4", "warmup=0.2", "schedule=linear"),
+    ],
 }
 WORKERS = 2
 
