@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -75,7 +76,10 @@ def sketch(tensors: Sequence[Tensor] | Tensor, size: int = SIZE, seed: int = 0) 
 
 
 class LinearSketch:
-    """A sketch that is added up from stretches of a vector, in any order. Waits for no device."""
+    """A sketch that is added up from stretches of a vector, in any order. Waits for no device.
+
+    On the CPU it remembers where each stretch goes: one that is cleared and used again costs little but the arithmetic.
+    """
 
     def __init__(self, size: int, seed: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         """dtype: in which it is added up. Weights that change by a rounding of themselves need float64."""
@@ -87,58 +91,88 @@ class LinearSketch:
         self._size, self._seed, self._device = size, seed, torch.device(device)
         self._length = size * -(-BLOCK // size)
         self._piece = max(self._length, PIECE if self._device.type == "cpu" else GPU_PIECE)
-        self._most = self._length**2 if self._device.type == "cpu" else self._piece  # indexed at once on a GPU
         self._sum = torch.empty(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
-        for half in self._sum.split(self._length):
+        self._plans: dict[tuple[int, int], list[_Plan]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again with zeros."""
+        for half in self._sum.split(self._length):  # both at once would wake up a second thread
             half.zero_()
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
         add = self._add_blocks if self._device.type == "cpu" else self._add_indexed
-        with torch.no_grad():
-            for values in _flat_parts(tensor.detach(), self._piece):
-                done, count = 0, values.numel()
-                while done < count:
-                    group, place = divmod(start + done, self._length**2)
-                    length = min(count - done, self._length**2 - place, self._most)
-                    part = values[done : done + length].to(self._device)
-                    add(part, group, *divmod(place, self._length))
-                    done += length
-                start += count
+        for values in _flat_parts(tensor.detach(), self._piece):
+            add(values.to(self._device), start)
+            start += values.numel()
 
     def result(self) -> Tensor:
         """(size,)."""
         places = _deal(self._length, self._seed, self._device)
         return (self._sum[: self._length] + self._sum[self._length :])[places].view(-1, self._size).sum(0)
 
-    def _add_blocks(self, values: Tensor, group: int, block: int, inside: int) -> None:
-        """Add a stretch of one group, from place `inside` of `block` on: all blocks in one call, which needs no GIL."""
-        size, count = self._length, values.numel()
+    def _add_blocks(self, values: Tensor, start: int) -> None:
+        """All blocks in one call: it needs no GIL."""
+        stretch = (start, values.numel())
+        if stretch not in self._plans:
+            self._plans[stretch] = [self._plan(*some) for some in self._within_groups(*stretch, self._length**2)]
+        for plan in self._plans[stretch]:
+            pieces = values[plan.first : plan.last].split_with_sizes(plan.lengths)
+            torch._foreach_addcmul_(plan.into, pieces, plan.taus, plan.signs)
+
+    def _plan(self, first: int, last: int, group: int, place: int) -> _Plan:
+        """For the elements [first, last) of a tensor, which begin at that place of that group."""
+        size, count = self._length, last - first
+        block, inside = divmod(place, size)
         lengths = [min(size - inside, count)]
         lengths += [size] * ((count - lengths[0]) // size)
         if rest := count - sum(lengths):
             lengths.append(rest)
         _, *drawn = _draws(size, self._seed, group)
-        rotations, signs = (some[block : block + len(lengths)].tolist() for some in drawn)
-        rotations[0] += inside
-        into = [self._sum[start : start + length] for start, length in zip(rotations, lengths, strict=True)]
+        starts, signs = (some[block : block + len(lengths)].tolist() for some in drawn)
+        starts[0] += inside
+        into = [self._sum[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
         tau = _tau(size, self._seed, group, self._sum.dtype)
         taus = [tau] * len(lengths)
         taus[-1] = tau[: lengths[-1]]
         taus[0] = tau[inside : inside + lengths[0]]
-        torch._foreach_addcmul_(into, values.split_with_sizes(lengths), taus, signs)
+        return _Plan(first, last, lengths, into, taus, signs)
 
-    def _add_indexed(self, values: Tensor, group: int, block: int, inside: int) -> None:
-        """The same, all blocks at once: on a GPU a call for each block costs more than indices."""
+    def _within_groups(self, start: int, count: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first, last, group, place in it) of parts of `count` elements, at most so many each."""
+        first = 0
+        while first < count:
+            group, place = divmod(start + first, self._length**2)
+            last = min(count, first + most, first + self._length**2 - place)
+            yield first, last, group, place
+            first = last
+
+    def _add_indexed(self, values: Tensor, start: int) -> None:
+        """The same by indices: on a GPU a call for each block costs more."""
         size, device = self._length, self._device
-        blocks = -(-(inside + len(values)) // size)
-        tau, *drawn = _draws_on(size, self._seed, group, device)
-        rotations, signs = (some[block : block + blocks, None] for some in drawn)
-        signed = torch.zeros(blocks, size, dtype=self._sum.dtype, device=device)
-        signed.view(-1)[inside : inside + len(values)] = values
-        signed *= tau * signs
-        source = torch.arange(size, device=device).sub(rotations).remainder_(size)  # (blocks, size)
-        self._sum[:size] += signed.gather(1, source).sum(0)
+        for first, last, group, place in self._within_groups(start, values.numel(), self._piece):
+            block, inside = divmod(place, size)
+            blocks = -(-(inside + last - first) // size)
+            tau, *drawn = _draws_on(size, self._seed, group, device)
+            rotations, signs = (some[block : block + blocks, None] for some in drawn)
+            signed = torch.zeros(blocks, size, dtype=self._sum.dtype, device=device)
+            signed.view(-1)[inside : inside + last - first] = values[first:last]
+            signed *= tau * signs
+            source = torch.arange(size, device=device).sub(rotations).remainder_(size)  # (blocks, size)
+            self._sum[:size] += signed.gather(1, source).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Where the blocks of the elements [first, last) of a tensor go."""
+
+    first: int
+    last: int
+    lengths: list[int]
+    into: list[Tensor]
+    taus: list[Tensor]
+    signs: list[int]
 
 
 def _flat_parts(tensor: Tensor, most: int) -> Iterator[Tensor]:

@@ -70,13 +70,14 @@ def own(rows: Rows | Tensor) -> Tensor:
     return rows.gather() if isinstance(rows, Rows) else rows
 
 
-def rows_of(values: Rows | Tensor, rows: slice) -> Tensor:
-    """Some of the rows, (m, d or V); on the CPU one row by itself is not copied."""
+def rows_of(values: Rows | Tensor, rows: slice, memory: Tensor) -> Tensor:
+    """Some of the rows, (m, d or V): views of a tensor, else copied into `memory`, (m, d or V), as its dtype."""
     if isinstance(values, Tensor):
         return values[rows]
-    if rows.stop - rows.start > 1 or values.source.device.type != "cpu":
-        return values[rows].gather()
-    return values.source[int(values.sequence[rows.start]), int(values.place[rows.start])][None]
+    if values.source.is_contiguous() and values.dtype == memory.dtype:
+        place = values.sequence[rows] * values.source.shape[1] + values.place[rows]
+        return torch.index_select(values.source.flatten(0, 1), 0, place, out=memory)
+    return memory.copy_(values[rows].gather())
 
 
 def choose(sizes: list[Tensor], budget: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:

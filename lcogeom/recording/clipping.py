@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcogeom.recording.ranks import local_gradient
 
-ENTRIES = 64  # of each parameter
+PLACES, RUN = 16, 4  # of each parameter, so many entries side by side: what costs is the way to each place in memory
 ELEMENTWISE = 1e-2  # relative distance from one common multiple beyond which it was no scaling; bf16 rounds to 4e-3
 
 
@@ -54,16 +54,17 @@ class ScalingWatch:
         return found, plain
 
     def _read(self, places: Sequence[int]) -> Tensor:
-        """(len(places), ENTRIES) float64, zeros where a gradient has fewer."""
-        rows = torch.zeros(len(places) * ENTRIES, dtype=torch.float64, device=self._parameters[0].device)
-        some: list[Tensor] = []
-        at: list[int] = []
-        for row, place in enumerate(places):
+        """(len(places), PLACES * RUN) float64, zeros where a gradient has fewer."""
+        device, most = self._parameters[0].device, PLACES * RUN
+        some = [torch.zeros(0, most, device=device)]
+        for place in places:
             gradient = local_gradient(self._parameters[place])
             assert gradient is not None
             flat = gradient.detach().reshape(-1)
-            some.append(flat[:: max(1, -(-len(flat) // ENTRIES))].to(rows.device))
-            at.extend(range(row * ENTRIES, row * ENTRIES + len(some[-1])))
-        if some:
-            rows[torch.tensor(at, device=rows.device)] = torch.cat(some).double()
-        return rows.view(len(places), ENTRIES)
+            count = flat.numel()
+            if count <= most:
+                few = torch.nn.functional.pad(flat, (0, most - count))
+            else:
+                few = flat.as_strided((PLACES, RUN), (count // PLACES, 1), flat.storage_offset()).reshape(-1)
+            some.append(few[None].to(device))
+        return torch.cat(some).double()

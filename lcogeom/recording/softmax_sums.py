@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcogeom.recording.candidates import Rows, rows_of
 
-CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**23  # logits worked on together: three buffers of them stay near the CPU
+CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**23  # logits worked on together: the buffers stay near the CPU
 SMALLEST = 1e-37  # of what has an inverse in float32
 LOWEST = -1e4  # exp of it is 0: logits of -inf count as such, without NaN
 
@@ -78,14 +78,15 @@ def softmax_sums(
     count, width = logits.shape
     precise = torch.promote_types(logits.dtype, torch.float32)
     deep = min(count, max(1, (CPU_ELEMENTS if actions.device.type == "cpu" else GPU_ELEMENTS) // width))
-    # Three buffers for all blocks: fresh memory for each would cost as much as the arithmetic.
-    memory = torch.empty(3, deep, width, dtype=precise, device=actions.device)
+    # Buffers for all blocks: fresh memory for each would cost as much as the arithmetic.
+    memory = torch.empty(3 if seen is None else 4, deep, width, dtype=precise, device=actions.device)
     found: list[Tensor] = []
     for start in range(0, count, deep):
         rows = slice(start, min(start + deep, count))
         few = memory[:, : rows.stop - rows.start]
-        gradient = None if seen is None else rows_of(seen, rows)
-        found.append(_of_rows(rows_of(logits, rows), actions[rows, None], gradient, temperature, few))
+        gradient = None if seen is None else rows_of(seen, rows, few[3])
+        z = rows_of(logits, rows, few[0])
+        found.append(_of_rows(z, actions[rows, None], gradient, temperature, few[:3]))
         if others is not None:
             torch.div(few[1], found[-1][1, :, None].to(precise), out=others[rows])
     top, total, squares, weighted, chosen, along, rest = torch.cat(found, 1)
@@ -105,7 +106,9 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     """
     z, w, product = memory
     chosen = logits.gather(1, action).double().squeeze(1)
-    z.copy_(logits).scatter_(1, action, -torch.inf)
+    if logits.data_ptr() != z.data_ptr():
+        z.copy_(logits)
+    z.scatter_(1, action, -torch.inf)
     top = z.amax(1, keepdim=True)
     z -= top
     if temperature != 1:

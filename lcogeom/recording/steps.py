@@ -176,6 +176,7 @@ class Sketcher:
             raise ValueError(f"sketch: {size}; must be at least 2, or 0 for none.")
         self.layers, self.by_layer, self._ranks = layers, by_layer, ranks
         self._size, self._device = size, parameters[0].device
+        self._kept: dict[tuple[object, ...], LinearSketch] = {}  # (dtype, places) -> the sketch of that part
         self._starts = [0]
         for parameter in parameters:
             self._starts.append(self._starts[-1] + parameter.numel())
@@ -195,12 +196,17 @@ class Sketcher:
         """The sketch of the tensors at each part's places, (size,) of that dtype."""
 
         def work(places: list[int]) -> Tensor:
-            total = LinearSketch(self._size, SEED, self._device, dtype)
+            key = (dtype, *places)
+            if key not in self._kept:
+                self._kept[key] = LinearSketch(self._size, SEED, self._device, dtype)
+            total = self._kept[key]
+            total.clear()
             for place in places:
                 tensor = tensors[place]
                 if tensor is not None and self._ranks.counts(tensor):
                     part = local(tensor)
-                    total.add(part, self._starts[place] + first_row(tensor) * (part[:1].numel()))
+                    first = first_row(tensor)
+                    total.add(part, self._starts[place] + (first * part[:1].numel() if first else 0))
             return total.result()
 
         found = side_by_side(work, parts, self._starts[-1] if self._device.type == "cpu" else 0)

@@ -300,9 +300,9 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_no_second_copy(dtype: str) -> None:
-    """Of 224 MiB of float32, one tensor of it transposed: at most 8 MiB beside them."""
+    """Of 224 MiB of float32, one tensor of it transposed: at most 16 MiB beside them; the smallest holds 32."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY.format(dtype=dtype)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 8
+    assert float(done.stdout) < 16
