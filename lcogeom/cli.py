@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lcogeom.cli_train import EPILOG, train_command
+
 # Before torch is imported: spinning threads make a command 6 times slower where the cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -107,6 +109,9 @@ def _print_recipe(trainer: str | None) -> None:
         raise ValueError(f"--how-to-log: {trainer!r}; must be one of {', '.join(RECIPES)}.")
     print(RECIPES[trainer], end="")
     raise typer.Exit()
+
+
+app.command("train", epilog=EPILOG)(train_command)
 
 
 @app.command("audit")
@@ -210,3 +215,7 @@ def main() -> None:
             raise
         print(f"lcogeom: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":  # accelerate launch -m lcogeom.cli train ...
+    main()

@@ -6,6 +6,7 @@ from lcogeom.plots.convexity import convexity_figure
 from lcogeom.plots.density import density_figure
 from lcogeom.plots.directions import directions_figure
 from lcogeom.plots.stability import stability_figure, title_of
+from lcogeom.plots.training import training_figure
 
 __all__ = [
     "audit_figure",
@@ -15,4 +16,5 @@ __all__ = [
     "directions_figure",
     "stability_figure",
     "title_of",
+    "training_figure",
 ]

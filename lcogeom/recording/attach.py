@@ -33,7 +33,7 @@ def attach(
     scaler: torch.amp.GradScaler | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     labels: Mapping[str, str | int | float] | None = None,
-    flush_every: int = 10,
+    flush_every: int | None = 10,
     seed: int = 0,
     audit_every: int | None = None,
     sketch: int | None = SKETCH_SIZE,
@@ -65,7 +65,7 @@ def attach(
         scaler: the loop's fp16 GradScaler: norms are then recorded in true units.
         tokenizer: fills the `text` column.
         labels: kept with the run; columns of their own when several runs are read together.
-        flush_every: updates between two writes (one is also made every minute).
+        flush_every: updates between two writes (one is also made every minute); None: written at flush() and close().
         seed: of the sample of tokens.
         audit_every: take apart what updates 0, k, 2k, ... did to the mean of `objective` over their completion tokens
             (the columns `audit_...`, see `audit_step`): the update's forward passes run again, without dropout, for

@@ -25,6 +25,7 @@ from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.rows import UpdateRows
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
+from lcogeom.runs.columns import NOTED
 from lcogeom.runs.store import RunWriter
 
 FLUSH_SECONDS = 60.0
@@ -44,7 +45,7 @@ class Probe:
         temperature: float,
         scaler: torch.amp.GradScaler | None,
         tokens_per_update: int,
-        flush_every: int,
+        flush_every: int | None,
         seed: int,
         tokenizer: transformers.PreTrainedTokenizerBase | None,
         audit_every: int | None,
@@ -105,6 +106,7 @@ class Probe:
         self._backwards = 0
         self._step = writer.next_update
         self._now: dict[str, Any] = {}
+        self._noted: dict[str, float] = {}
         self._pending: list[dict[str, Any]] = []
         self._unwritten = 0
         self._flushed = time.monotonic()
@@ -159,6 +161,22 @@ class Probe:
                 loss.register_hook(lambda gradient: self._multiplied(gradient, divided_by))
         if self._black_box is not None:
             self._black_box.told(self._batches[-1], loss)
+
+    def note(self, values: Mapping[str, float], *, done: bool = False) -> None:
+        """Fill columns of the row of the update under way that the caller knows: `reward`, `heldout_reward`, ...
+
+        done: of the update just made instead, which must not have been flushed: attach with flush_every=None.
+
+        Raises:
+            ValueError: no such column, or one that the recorder fills; no update that waits to be flushed.
+        """
+        unknown = sorted(set(values) - set(NOTED))
+        if unknown:
+            raise ValueError(f"note: no column {unknown[0]!r}; there are {', '.join(NOTED)}.")
+        if done and not self._pending:
+            raise ValueError("note: no update waits to be flushed. Attach with flush_every=None, and flush() later.")
+        noted = self._pending[-1]["values"] if done else self._noted
+        noted |= {name: float(value) for name, value in values.items()}
 
     def dump(self, reason: str) -> Path | None:
         """Write the black box now: the batches of the last updates, and of the one under way.
@@ -376,7 +394,7 @@ class Probe:
             {
                 "step": self._step,
                 "seconds": time.monotonic() - self._started,
-                "values": self._now | found | audit,
+                "values": self._now | found | audit | self._noted,
                 "norms": norms,
                 "sketches": sketches,
                 "measured": self._measured,
@@ -388,10 +406,12 @@ class Probe:
             }
         )
         self._measured, self._losses, self._mismatches = [], [], []
-        self._batches = []
+        self._batches, self._noted = [], {}
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
         self._unwritten += 1
+        if self._flush_every is None:
+            return
         late = self._ranks.size == 1 and time.monotonic() - self._flushed > FLUSH_SECONDS  # clocks differ
         if self._unwritten >= self._flush_every or late:
             self.flush()

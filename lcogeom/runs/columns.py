@@ -12,6 +12,18 @@ TABLES = ("sketches", "tokens", "norms", "updates")
 
 ESTIMATED = "; from sketches, unless recorded with copies=True: norms to 0.6 %, cosines to 0.008 (one standard error)"
 
+NOTED = {
+    "reward": ("reward", "mean reward of the rollout this update was made from"),
+    "heldout_reward": ("reward", "mean reward on the held-out problems before this update; null between evaluations"),
+    "heldout_reward_after": ("reward", "the same after this update; of the last update of a run"),
+    "rollouts": ("1", "completions trained on so far, those of this update's rollout included"),
+    "learning_rate": ("1", "of this update"),
+    "kept_share": ("1", "share of the completion tokens that the intervention kept"),
+    "critic_loss": ("reward^2", "mean over tokens of half the squared error of the critic's values"),
+    "rollout_seconds": ("s", "wall time of the rollout: sampling, rewards, advantages, old policy"),
+}
+"""Columns of `updates` that a training loop fills, by `Probe.note`: unit, meaning."""
+
 SIGNS = {"_positive": "tokens with A > 0", "_negative": "tokens with A < 0"}
 
 
@@ -105,6 +117,7 @@ COLUMNS: list[Column] = [
     Column(
         "updates", "audit_overshoot", "float64", "1", "d^T H d / |<g, d>|: above 1 the step passed the minimum along d"
     ),
+    *[Column("updates", name, "float64", unit, meaning) for name, (unit, meaning) in NOTED.items()],
     Column("tokens", "step", "int64", "1", "the update this token was part of"),
     Column("tokens", "sequence", "int64", "1", "row of the batch, counted through the update's backward passes"),
     Column("tokens", "position", "int64", "1", "place in the completion, from 0; in the input where that is unknown"),

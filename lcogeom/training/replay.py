@@ -20,6 +20,7 @@ from torch import Tensor
 from lcogeom.models import LoadedModel, load_model
 from lcogeom.objectives import Objective, TokenBatch, objective
 from lcogeom.recording import Probe, attach
+from lcogeom.recording.unwrap import unwrap_model
 from lcogeom.runs import COLLECTION, create_folder
 from lcogeom.training.rollout import Sample, Sequences, generate, pad_id, side_by_side
 from lcogeom.training.tasks import Problem, arithmetic, read_problems
@@ -224,7 +225,7 @@ def completion_logits(model: transformers.PreTrainedModel, sequences: Sequences)
     """The logits that predict the completion tokens, (M, V), in the order of `action_mask.nonzero()`."""
     options: dict[str, object] = {"attention_mask": sequences.attention_mask, "use_cache": False}
     kept = sequences.input_ids.shape[1] - sequences.first_action + 1
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters:
         options["logits_to_keep"] = kept  # prompts need no logits
     logits: Tensor = model(input_ids=sequences.input_ids, **options).logits[:, -kept:-1]
     return logits[sequences.action_mask[:, 1 - kept :]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class Sequences:
     first_action: int
     """The first column with a sampled token."""
 
+    def __getitem__(self, rows: Tensor) -> Sequences:
+        """Some of the sequences."""
+        return Sequences(self.input_ids[rows], self.attention_mask[rows], self.action_mask[rows], self.first_action)
+
 
 def generate(
     model: transformers.PreTrainedModel,
@@ -46,12 +51,16 @@ def generate(
     max_new_tokens: int,
     seed: int,
     stop: str | None = None,
+    temperature: float = 1.0,
+    synced: bool = False,
 ) -> list[Sample]:
-    """Sample one completion for each problem at temperature 1 from the full distribution.
+    """Sample one completion for each problem from the full distribution.
 
     Args:
         stop: a completion ends at the first token whose text contains it, or at the end-of-sequence token.
         seed: of the sampling; the global generators are left as they were.
+        temperature: the distribution is softmax(logits / temperature).
+        synced: several processes hold shards of the model: go on until the longest completion of all of them.
 
     Raises:
         ValueError: no problem, a prompt without a token, a tokenizer without a token to pad with.
@@ -74,12 +83,14 @@ def generate(
             input_ids=ids,
             attention_mask=attention,
             do_sample=True,
-            temperature=1.0,
+            temperature=temperature,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,  # some models bring their own
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=stops or None,
+            eos_token_id=list(stops) or None,
+            synced_gpus=synced,
         )
     samples = []
     for problem, prompt, row in zip(problems, prompts, tokens[:, width:].tolist(), strict=True):
@@ -113,10 +124,15 @@ def pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     return int(pad)
 
 
-def stop_ids(tokenizer: transformers.PreTrainedTokenizerBase, stop: str | None) -> list[int]:
+def stop_ids(tokenizer: transformers.PreTrainedTokenizerBase, stop: str | None) -> tuple[int, ...]:
     """Tokens that end a completion: the end-of-sequence token, and every token whose text contains `stop`."""
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if stop is not None:
-        every = range(len(tokenizer))
-        ends += [i for i, text in zip(every, tokenizer.batch_decode([[i] for i in every]), strict=True) if stop in text]
-    return sorted(set(ends))
+    ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    return tuple(sorted(ends if stop is None else ends | _tokens_with(tokenizer, stop)))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens_with(tokenizer: transformers.PreTrainedTokenizerBase, stop: str) -> frozenset[int]:
+    """Decoding a vocabulary takes a second, and every rollout asks."""
+    every = range(len(tokenizer))
+    texts = tokenizer.batch_decode([[i] for i in every])
+    return frozenset(i for i, text in zip(every, texts, strict=True) if stop in text)
