@@ -27,6 +27,7 @@ from torch import Tensor
 SIZE = 16384
 """64 KiB of float32: cosines to 0.008."""
 BLOCK = 2**15  # elements of a block, at least: buffer, tau and block stay in the cache, no second thread is woken up
+FEW = 32  # blocks; their sums lose in float32 three times what rounding has cost float32 weights already
 PIECE, GPU_PIECE = 2**18, 2**21  # elements copied at once where a copy is needed; on a GPU few launches count more
 
 
@@ -81,8 +82,18 @@ class LinearSketch:
     On the CPU it remembers where each stretch goes: one that is cleared and used again costs little but the arithmetic.
     """
 
-    def __init__(self, size: int, seed: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: in which it is added up. Weights that change by a rounding of themselves need float64."""
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        few: torch.dtype = torch.float32,
+    ) -> None:
+        """dtype: in which it is added up. Weights that change by a rounding of themselves need float64.
+
+        few: in which a few blocks are: float32 costs half, and is enough for what comes in float32 or less.
+        """
         size, seed = operator.index(size), operator.index(seed)
         if size < 2:
             raise ValueError(f"size: {size}; must be at least 2.")
@@ -93,12 +104,15 @@ class LinearSketch:
         self._piece = max(self._length, PIECE if self._device.type == "cpu" else GPU_PIECE)
         self._sum = torch.empty(2 * self._length, dtype=dtype, device=device)  # rotated blocks run over the end
         self._plans: dict[tuple[int, int], list[_Plan]] = {}
+        direct = few == dtype or self._device.type != "cpu"
+        self._few = self._sum if direct else torch.empty(2 * self._length, dtype=few, device=device)
+        self._blocks = 0  # added up in it
         self.clear()
 
     def clear(self) -> None:
         """Begin again with zeros."""
-        for half in self._sum.split(self._length):  # both at once would wake up a second thread
-            half.zero_()
+        torch._foreach_zero_([*self._sum.split(self._length), *self._few.split(self._length)])
+        self._blocks = 0
 
     def add(self, tensor: Tensor, start: int) -> None:
         """Add the elements [start, start + tensor.numel()) of the vector."""
@@ -109,17 +123,29 @@ class LinearSketch:
 
     def result(self) -> Tensor:
         """(size,)."""
+        self._settle()
         places = _deal(self._length, self._seed, self._device)
         return (self._sum[: self._length] + self._sum[self._length :])[places].view(-1, self._size).sum(0)
 
     def _add_blocks(self, values: Tensor, start: int) -> None:
         """All blocks in one call: it needs no GIL."""
-        stretch = (start, values.numel())
+        stretch, most = (start, values.numel()), self._length * (self._length if self._few is self._sum else FEW)
         if stretch not in self._plans:
-            self._plans[stretch] = [self._plan(*some) for some in self._within_groups(*stretch, self._length**2)]
+            self._plans[stretch] = [self._plan(*some) for some in self._within_groups(*stretch, most)]
         for plan in self._plans[stretch]:
             pieces = values[plan.first : plan.last].split_with_sizes(plan.lengths)
             torch._foreach_addcmul_(plan.into, pieces, plan.taus, plan.signs)
+            self._blocks += len(pieces)
+            if self._blocks >= FEW:
+                self._settle()
+
+    def _settle(self) -> None:
+        if self._few is self._sum or not self._blocks:
+            return
+        few = self._few.split(self._length)  # whole, they would wake up a second thread
+        torch._foreach_add_(self._sum.split(self._length), few)
+        torch._foreach_zero_(few)
+        self._blocks = 0
 
     def _plan(self, first: int, last: int, group: int, place: int) -> _Plan:
         """For the elements [first, last) of a tensor, which begin at that place of that group."""
@@ -132,8 +158,8 @@ class LinearSketch:
         _, *drawn = _draws(size, self._seed, group)
         starts, signs = (some[block : block + len(lengths)].tolist() for some in drawn)
         starts[0] += inside
-        into = [self._sum[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
-        tau = _tau(size, self._seed, group, self._sum.dtype)
+        into = [self._few[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
+        tau = _draws(size, self._seed, group)[0]
         taus = [tau] * len(lengths)
         taus[-1] = tau[: lengths[-1]]
         taus[0] = tau[inside : inside + lengths[0]]
@@ -193,11 +219,6 @@ def _draws(length: int, seed: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     words = _words(3 * length, seed, group).reshape(3, length)
     tau, signs = ((some >> np.uint64(63)).astype(np.int64) * 2 - 1 for some in words[::2])
     return torch.from_numpy(tau.astype(np.float32)), _permutation(words[1]), torch.from_numpy(signs)
-
-
-@lru_cache(maxsize=64)
-def _tau(length: int, seed: int, group: int, dtype: torch.dtype) -> Tensor:
-    return _draws(length, seed, group)[0].to(dtype)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcogeom.recording.ranks import local_gradient
 
-PLACES, RUN = 16, 4  # of each parameter, so many entries side by side: what costs is the way to each place in memory
+PLACES, RUN = 8, 8  # of each parameter, so many entries side by side: what costs is the way to each place in memory
 ELEMENTWISE = 1e-2  # relative distance from one common multiple beyond which it was no scaling; bf16 rounds to 4e-3
 
 

@@ -13,7 +13,6 @@ from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
 from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
-from lcogeom.recording.threads import side_by_side
 
 
 class GradientMeter:
@@ -89,12 +88,19 @@ class GradientMeter:
             gradients = [parameter.grad for parameter in self._parameters]
             device = self._parameters[0].device
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            squares = side_by_side(
-                lambda gradient: zero if gradient is None else self._square(gradient, device),
-                gradients,
-                sum(map(torch.numel, self._parameters)) if device.type == "cpu" else 0,
-            )
-            clipped = torch.stack(squares)
+            parts = [zero] * len(gradients)
+
+            def visit(place: int) -> None:
+                gradient = gradients[place]
+                if gradient is not None:
+                    parts[place] = self._square(gradient, device)
+
+            if self._steps is not None:
+                found |= self._steps.before(visit)
+            else:
+                for place in range(len(gradients)):
+                    visit(place)
+            clipped = torch.stack(parts)
             scaling = self._scaling.factors()
             self._norms = None
             if scaling is None:
@@ -107,8 +113,8 @@ class GradientMeter:
                 for place, gradient in enumerate(gradients):
                     layout = self._layouts.get(self._names[place])
                     if layout is not None and gradient is not None:
-                        parts = split_attention(in_whole(gradient), layout)
-                        part = torch.stack([self._square(p, device, like=gradient) for p in parts])
+                        split = split_attention(in_whole(gradient), layout)
+                        part = torch.stack([self._square(p, device, like=gradient) for p in split])
                         squares.append(torch.where(plain, part / factors[place].square(), math.nan))
                 whole = self._ranks.total(torch.cat([clipped, *squares]))
                 clipped, before, attention = whole.tensor_split([len(gradients), 2 * len(gradients)])
@@ -118,7 +124,7 @@ class GradientMeter:
                 if len(attention):
                     found["qkv_mean_frobenius"] = attention.sqrt().mean()
             self._present = [gradient is not None for gradient in gradients]
-            return found | (self._steps.before() if self._steps is not None else {})
+            return found
 
     def _square(self, gradient: Tensor, device: torch.device, like: Tensor | None = None) -> Tensor:
         """Squared norm of what this process holds of it and counts (of a part: where it counts the whole, `like`)."""

@@ -126,7 +126,7 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     unit = torch.where(unit < SMALLEST, 1.0, unit)
     left = torch.mul(seen, (1 / unit).to(z.dtype)[:, None], out=z)
     left.addcmul_(w, (slope / total / unit).to(z.dtype)[:, None]).scatter_(1, action, 0.0)
-    rest = _dot(left, left, product).double() + ((at_action - slope) / unit).square()
+    rest = torch.linalg.vector_norm(left, dim=1).double().square() + ((at_action - slope) / unit).square()
     return torch.stack([*plain, along, rest * unit.square()])
 
 

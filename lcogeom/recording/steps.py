@@ -7,7 +7,7 @@ parameters' device. Neither waits for the device.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,11 +36,16 @@ class StepFound:
     sketches: list[StoredSketch]
 
 
+Visit = Callable[[int], None]
+"""Called with each parameter's place when its gradient is about to be read: what is read twice at once is read faster.
+Not always by the same thread."""
+
+
 class StepWatch(Protocol):
     """Told of every step."""
 
-    def before(self) -> dict[str, Tensor]:
-        """The gradient is in place; returns columns of `updates`."""
+    def before(self, visit: Visit) -> dict[str, Tensor]:
+        """The gradient is in place; visits that of each parameter, and returns columns of `updates`."""
 
     def after(self) -> StepFound:
         """The step has been made."""
@@ -57,13 +62,14 @@ class CopiedSteps:
         self._gradient: list[Tensor | None] = [None] * len(parameters)
         self._first: list[StoredSketch] = []
 
-    def before(self) -> dict[str, Tensor]:
+    def before(self, visit: Visit) -> dict[str, Tensor]:
         if not self._copies:
             self._copies = [torch.empty_like(_flat(parameter)) for parameter in self._parameters]
             self._first = [] if self._sketch is None else self._sketch.store("weights", self._parameters)
         now, last, along = _Sum(), _Sum(), _Sum()
         comparable = True  # with the last update: every gradient here was there too
         for place, parameter in enumerate(self._parameters):
+            visit(place)
             self._copies[place].copy_(_flat(parameter))
             gradient, kept = parameter.grad, self._gradient[place]
             if gradient is None:
@@ -124,11 +130,11 @@ class SketchedSteps:
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
 
-    def before(self) -> dict[str, Tensor]:
+    def before(self, visit: Visit) -> dict[str, Tensor]:
         first = self._weights is None
         if self._weights is None or self._seen != self._versions():  # someone else has changed the weights
             self._weights = self._sketch_weights()
-        self._stored = self._sketch.store("gradient", [parameter.grad for parameter in self._parameters])
+        self._stored = self._sketch.store("gradient", [part.grad for part in self._parameters], visit=visit)
         if first:
             self._stored += self._by_layer("weights", self._weights)
         last, self._gradient = self._gradient, next(part for _, layer, part in self._stored if layer is None)
@@ -176,32 +182,46 @@ class Sketcher:
             raise ValueError(f"sketch: {size}; must be at least 2, or 0 for none.")
         self.layers, self.by_layer, self._ranks = layers, by_layer, ranks
         self._size, self._device = size, parameters[0].device
+        wide = [parameter for parameter in parameters if parameter.dtype == torch.float64]
+        self._read = torch.float64 if wide else torch.float32
         self._kept: dict[tuple[object, ...], LinearSketch] = {}  # (dtype, places) -> the sketch of that part
         self._starts = [0]
         for parameter in parameters:
             self._starts.append(self._starts[-1] + parameter.numel())
 
-    def store(self, vector: str, tensors: Sequence[Tensor | None], sign: float = 1.0) -> list[StoredSketch]:
+    def store(
+        self, vector: str, tensors: Sequence[Tensor | None], sign: float = 1.0, visit: Visit | None = None
+    ) -> list[StoredSketch]:
         """The sketches of one vector."""
         places = defaultdict(list)
         for place, layer in enumerate(self.layers):
             places[layer].append(place)
-        parts = sign * torch.stack(self.parts(tensors, list(places.values()), torch.float32))
+        parts = sign * torch.stack(self.parts(tensors, list(places.values()), torch.float32, visit))
         found: list[StoredSketch] = []
         if self.by_layer:
             found = [(vector, layer, part) for layer, part in zip(places, parts, strict=True)]
         return [*found, (vector, None, parts.sum(0))]
 
-    def parts(self, tensors: Sequence[Tensor | None], parts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    def parts(
+        self,
+        tensors: Sequence[Tensor | None],
+        parts: Sequence[list[int]],
+        dtype: torch.dtype,
+        visit: Visit | None = None,
+    ) -> list[Tensor]:
         """The sketch of the tensors at each part's places, (size,) of that dtype."""
 
         def work(places: list[int]) -> Tensor:
             key = (dtype, *places)
             if key not in self._kept:
-                self._kept[key] = LinearSketch(self._size, SEED, self._device, dtype)
+                self._kept[key] = LinearSketch(
+                    self._size, SEED, self._device, dtype, self._read if dtype == torch.float64 else dtype
+                )
             total = self._kept[key]
             total.clear()
             for place in places:
+                if visit is not None:
+                    visit(place)
                 tensor = tensors[place]
                 if tensor is not None and self._ranks.counts(tensor):
                     part = local(tensor)
