@@ -27,7 +27,7 @@ from torch import Tensor
 SIZE = 16384
 """64 KiB of float32: cosines to 0.008."""
 BLOCK = 2**15  # elements of a block, at least: buffer, tau and block stay in the cache, no second thread is woken up
-FEW = 32  # blocks; their sums lose in float32 three times what rounding has cost float32 weights already
+FEW = 32  # blocks; their sums lose in float32 at most four times what rounding has cost float32 weights already
 PIECE, GPU_PIECE = 2**18, 2**21  # elements copied at once where a copy is needed; on a GPU few launches count more
 
 

@@ -149,12 +149,12 @@ def make_accelerator(settings: TrainSettings) -> accelerate.Accelerator:
     """Accelerate's view of the processes: `accelerate launch` or torchrun starts several.
 
     Raises:
-        ValueError: FSDP2 with one process.
+        ValueError: FSDP2 with one process; or this process has made an Accelerator of another precision before.
     """
     if not settings.fsdp:
-        return accelerate.Accelerator(cpu=not torch.cuda.is_available())
+        return accelerate.Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")  # settings.dtype says it
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    accelerator = accelerate.Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin)
+    accelerator = accelerate.Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", fsdp_plugin=plugin)
     if accelerator.num_processes == 1:
         raise ValueError("fsdp: there is one process to shard over; start with `accelerate launch` or torchrun.")
     return accelerator

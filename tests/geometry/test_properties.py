@@ -62,12 +62,13 @@ def test_ends_certified_and_consistent(token: tuple[torch.Tensor, lg.TokenBatch]
     assert (low <= high).all()
     assert ((low < 0) == (H.negative_count() > 0)).all()
     assert (H.negative_count() < z.shape[1] + 1).all()
+    off = 1e-12 * size + 1e-15 * (H.fisher.abs() + H.action.abs())  # where terms cancel, their rounding is left
     x = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rayleigh = H.quadratic(x) / x.square().sum(1)
-    assert (low - 1e-12 * size <= rayleigh).all()
-    assert (rayleigh <= high + 1e-12 * size).all()
-    torch.testing.assert_close((x * (H @ x)).sum(1), H.quadratic(x), rtol=1e-9, atol=1e-12 * float(size.max()))
-    assert (H.trace() <= z.shape[1] * high + 1e-12 * size * z.shape[1]).all()
+    assert (low - off <= rayleigh).all()
+    assert (rayleigh <= high + off).all()
+    torch.testing.assert_close((x * (H @ x)).sum(1), H.quadratic(x), rtol=1e-9, atol=float(off.max()))
+    assert (H.trace() <= z.shape[1] * (high + off)).all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -141,10 +141,14 @@ def exact_matrix(H: lg.LogitHessian, n: int) -> list[list[mpmath.mpf]]:
 
 
 def certify(H: lg.LogitHessian, n: int) -> None:
-    """Both ends of token n hold their eigenvalue to 1e-12 of the larger: the inertia changes across it."""
+    """Both ends of token n hold their eigenvalue to 1e-12 of the larger: the inertia changes across it.
+
+    Where terms cancel (p = 1/2 and a huge ratio), it is a rounding of theirs that is left.
+    """
     low, high = (end[n].item() for end in H.eigenvalue_range())
     matrix = exact_matrix(H, n)
-    width = mpmath.mpf("1e-12") * max(abs(low), abs(high)) + mpmath.mpf("1e-300")
+    terms = abs(H.fisher[n].item()) + abs(H.action[n].item())
+    width = mpmath.mpf("1e-12") * max(abs(low), abs(high)) + mpmath.mpf("1e-16") * terms + mpmath.mpf("1e-300")
     for end, below in ((low, 0), (high, len(matrix) - 1)):
         centre = mpmath.mpf(end)
         assert count_below(matrix, centre - width) <= below, (n, end)

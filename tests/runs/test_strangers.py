@@ -28,11 +28,11 @@ def add_flush(path: Path, number: int, step: int, **tables: dict) -> None:
 
 def test_other_columns_and_fewer(tmp_path: Path) -> None:
     path = write(tmp_path / "run", 4)
-    add_flush(path, 2, 4, updates={"step": [4], "reward": [0.5]}, tokens={"step": [4, 4], "colour": ["red", "blue"]})
+    add_flush(path, 2, 4, updates={"step": [4], "prize": [0.5]}, tokens={"step": [4, 4], "colour": ["red", "blue"]})
     run = lg.load_run(path)
     assert run.damaged == ()
     assert run.updates["step"].tolist() == [0, 1, 2, 3, 4]
-    assert run.updates["reward"].isna().tolist() == [True] * 4 + [False]
+    assert run.updates["prize"].isna().tolist() == [True] * 4 + [False]
     assert run.updates["loss"].isna().tolist() == [False] * 4 + [True]
     assert run.tokens["colour"].tolist()[-2:] == ["red", "blue"]
     assert list(run.updates.columns)[:-1] == schema("updates").names
@@ -42,13 +42,13 @@ def test_other_columns_and_fewer(tmp_path: Path) -> None:
 def test_columns_of_other_types(tmp_path: Path) -> None:
     """Known columns are read in their own type, or the part is left out; a stranger's unlike columns become text."""
     path = write(tmp_path / "run", 2)
-    add_flush(path, 1, 2, updates={"step": pa.array([2], pa.int32()), "loss": [7], "reward": [1]})
-    add_flush(path, 2, 3, updates={"step": [3], "loss": [None], "reward": [0.5]})
+    add_flush(path, 1, 2, updates={"step": pa.array([2], pa.int32()), "loss": [7], "prize": [1]})
+    add_flush(path, 2, 3, updates={"step": [3], "loss": [None], "prize": [0.5]})
     run = lg.load_run(path)
     assert run.updates["loss"].tolist()[:3] == [0.0, 1.0, 7.0]
-    assert run.updates["reward"].tolist()[2:] == [1.0, 0.5]
-    add_flush(path, 3, 4, updates={"step": [4], "reward": ["high"]})
-    assert lg.load_run(path).updates["reward"].tolist()[2:] == ["1", "0.5", "high"]
+    assert run.updates["prize"].tolist()[2:] == [1.0, 0.5]
+    add_flush(path, 3, 4, updates={"step": [4], "prize": ["high"]})
+    assert lg.load_run(path).updates["prize"].tolist()[2:] == ["1", "0.5", "high"]
     add_flush(path, 4, 5, updates={"step": [5], "loss": ["high"]})
     add_flush(path, 5, 6, updates={"number": [6]})
     with pytest.warns(UserWarning, match="lost"):
