@@ -208,7 +208,7 @@ def report(results: dict) -> str:
         if results["memory"] is not None else "- **Memory**: not measured.",
         "- **Time** of one sketch and of the update whose gradient it sketches (forward, backward, AdamW): medians; "
         "share: median [range] of the turns. The recorder makes two an update: of the gradient, and of the weights, in "
-        "float64 and about twice as dear (with copies=True: of the step instead).",
+        "float64 (with copies=True: of the step instead); they take both threads.",
         "", "| threads | batch | update, s | sketch, s | sketch / update |", "| ---: | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in results["cost"]:
