@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 import lcogeom as lg
@@ -57,12 +58,13 @@ def trained(folder: Path) -> list[Tensor]:
 
 if __name__ == "__main__":
     rank, target = int(os.environ["RANK"]), Path(sys.argv[1])
-    torch.save(trained(target), target / f"ddp-{rank}.pt")
+    save_file({str(n): p.clone() for n, p in enumerate(trained(target))}, target / f"ddp-{rank}.safetensors")
     from tests.recording.two_processes import shard
     from tests.small_models import build
 
     sharded = build("llama-gqa-tied", torch.device("cpu"))
     shard(sharded)
     values, gradients = blocks_of(sharded, [2 * rank, 2 * rank + 1])
-    torch.save({"values": values, "gradients": gradients}, target / f"fsdp2-{rank}.pt")
+    found = {str(n): gradient.contiguous() for n, gradient in enumerate(gradients)}
+    save_file({"values": values, **found}, target / f"fsdp2-{rank}.safetensors")
     dist.destroy_process_group()

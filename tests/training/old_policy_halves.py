@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from lcogeom.training.old_policy import HiddenStates, keep_old_policy
@@ -31,10 +32,10 @@ def main(folder: Path, how: str, name: str) -> None:
     train(model, mine)
     found = {
         "logits": old.logits(torch.arange(2), mine.action_mask),
-        "moved": bool((logits_now(model, mine) - before).abs().max() > 0.1),
-        "head": old.nbytes - int(mine.action_mask.sum()) * 32 * 4 - 2 * 12 * 5,
+        "moved": (logits_now(model, mine) - before).abs().max(),
+        "head": torch.tensor(old.nbytes - int(mine.action_mask.sum()) * 32 * 4 - 2 * 12 * 5),
     }
-    torch.save(found, folder / f"{how}-{name}-{rank}.pt")
+    save_file(found, folder / f"{how}-{name}-{rank}.safetensors")
 
 
 def train(model: torch.nn.Module, mine: Sequences) -> None:

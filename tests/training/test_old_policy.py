@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lcogeom as lg
@@ -343,10 +344,10 @@ def test_two_processes(tmp_path: Path) -> None:
     for how, name in (("fsdp2", "llama"), ("fsdp2", "llama-gqa-tied"), ("ddp", "gpt2")):
         model = build(name, torch.device("cpu"))
         wanted = logits_now(model, rollout(model, 4))
-        halves = [torch.load(tmp_path / f"{how}-{name}-{rank}.pt") for rank in (0, 1)]
+        halves = [load_file(tmp_path / f"{how}-{name}-{rank}.safetensors") for rank in (0, 1)]
         close(torch.cat([half["logits"] for half in halves]), wanted)
-        assert all(half["moved"] for half in halves)
+        assert all(half["moved"] > 0.1 for half in halves)
         vocabulary, width = 41, 32
         whole = vocabulary * width * 4
-        copies = sum(half["head"] for half in halves)
+        copies = sum(int(half["head"]) for half in halves)
         assert copies == (whole if how == "fsdp2" else 2 * whole)  # FSDP2's copies are sharded like the head
