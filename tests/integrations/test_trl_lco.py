@@ -224,8 +224,7 @@ def test_the_recorder_changes_nothing(tmp_path: Path) -> None:
         if recorded:
             trainer.add_callback(RecorderCallback(tmp_path / "run", tokens_per_update=9))
         ends.append(list(run(trainer).model.parameters()))
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_evaluation_between_updates_on_one_rollout(tmp_path: Path) -> None:
