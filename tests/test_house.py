@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "recording": {"curvature", "objectives", "geometry", "runs"},
     "audit": {"objectives", "geometry", "runs"},
     "plots": {"runs"},
+    "diagnosis": {"runs"},
     "training": {"recording", "objectives", "geometry", "runs", "models"},
     "integrations": {"training", "recording", "objectives", "runs"},
 }
