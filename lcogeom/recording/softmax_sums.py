@@ -35,6 +35,8 @@ class SoftmaxSums:
     """<g, s> for the gradients g handed over."""
     seen_rest: Tensor | None
     """|g - c s|^2, c = <g, s> / |s|^2: of what is left of them."""
+    log_total: Tensor | None = None
+    """log sum_j exp(z_j / temperature)."""
 
     def logprobs(self) -> Tensor:
         """log pi."""
@@ -96,6 +98,7 @@ def softmax_sums(
         others_squares=squares / total.square(),
         seen_along=None if seen is None else along,
         seen_rest=None if seen is None else rest,
+        log_total=torch.logaddexp(total.log() + top / temperature, chosen / temperature),
     )
 
 
