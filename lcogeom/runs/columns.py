@@ -165,6 +165,7 @@ COLUMNS: list[Column] = [
     Column("norms", "scope", "string", "", "'layer' (a numbered block, or a module outside them) or 'group'"),
     Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
     Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
+    Column("norms", "grad_norm_clipped", "float64", "loss / weight", "the same as the optimiser received it"),
     Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
     Column("norms", "weight_norm", "float64", "weight", "Euclidean norm of its weights before the step"),
     Column("sketches", "step", "int64", "1", "the update"),
