@@ -145,7 +145,7 @@ class GradientMeter:
     def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]], list[StoredSketch]]:
         """(norm of the step and its cosine with -gradient, rows of the norms table without their step, sketches)."""
         with torch.no_grad():
-            found = StepFound({}, {}, {}, []) if self._steps is None else self._steps.after()
+            found = StepFound({}, {}, {}, {}, []) if self._steps is None else self._steps.after()
             rows: dict[str, list[object]] = defaultdict(list)
             for key, members in self._members.items():
                 there = [place for place in members if self._present[place]]
@@ -155,6 +155,7 @@ class GradientMeter:
                     rows[column].append(None if norms is None or not there else norms[there].square().sum().sqrt())
                 rows["update_norm"].append(found.squares[key].sqrt() if key in found.squares else None)
                 rows["weight_norm"].append(found.weights[key].sqrt() if key in found.weights else None)
+                rows["moved_between"].append(found.between[key].sqrt() if key in found.between else None)
         return found.values, rows, found.sketches
 
 
