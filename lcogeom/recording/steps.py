@@ -35,6 +35,8 @@ class StepFound:
     """(scope, name) of each row of `norms` -> squared norm of its part of the step; empty where not known."""
     weights: dict[tuple[str, str], Tensor]
     """The same of the weights before the step."""
+    between: dict[tuple[str, str], Tensor]
+    """The same of what changed the weights since the last step; empty where that is not known."""
     sketches: list[StoredSketch]
 
 
@@ -112,7 +114,7 @@ class CopiedSteps:
             sketches = self._first + self._sketch.store("gradient", self._gradient)
             sketches += self._sketch.store("step", self._copies, sign=-1.0)  # they hold theta_old - theta_new now
             self._first = []
-        return StepFound(values, squares, old, sketches)
+        return StepFound(values, squares, old, {}, sketches)
 
 
 class SketchedSteps:
@@ -134,11 +136,16 @@ class SketchedSteps:
         self._seen: list[tuple[int, int]] = []
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
+        self._step: Tensor | None = None  # (cells, size), of the last one
+        self._between: Tensor | None = None  # (cells, size): what has changed the weights since
 
     def before(self, visit: Visit) -> dict[str, Tensor]:
         first = self._weights is None
         if self._weights is None or self._seen != self._versions():  # someone else has changed the weights
-            self._weights = self._sketch_weights()
+            last_weights, self._weights = self._weights, self._sketch_weights()
+            self._between = None if last_weights is None else self._weights - last_weights
+        else:
+            self._between = torch.zeros_like(self._weights)
         self._stored = self._sketch.store("gradient", [part.grad for part in self._parameters], visit=visit)
         if first:
             self._stored += self._by_layer("weights", self._weights)
@@ -158,7 +165,15 @@ class SketchedSteps:
             "step_grad_cos": _cosine(step.sum(0), -self._gradient.double()),
         }
         squares, old = self._by_key(norms), self._by_key(weights)
-        return StepFound(values, squares, old, self._stored + self._by_layer("step", step))
+        between: dict[tuple[str, str], Tensor] = {}
+        if self._step is not None and self._between is not None:
+            changed = self._between.square().sum(1)
+            between = self._by_key(changed)
+            values["moved_between"] = changed.sum().sqrt()
+            values["step_undone"] = -(self._between * self._step).sum() / self._step.square().sum()
+            values["step_cos_prev"] = _cosine(step.flatten(), self._step.flatten())
+        self._step = step
+        return StepFound(values, squares, old, between, self._stored + self._by_layer("step", step))
 
     def _by_key(self, cells: Tensor) -> dict[tuple[str, str], Tensor]:
         sums: dict[tuple[str, str], Tensor] = {}

@@ -88,6 +88,7 @@ def _measure_action(
     d2, negatives, contradicts = _action_curvature(some, objective, sums, (d1, misfit), width)
     return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob(), sums.log_total) | {
         "logit_grad_norm": norm / some.factor,
+        "logit_grad_sum": torch.full_like(d1, math.nan) if sums.seen_sum is None else sums.seen_sum / some.factor,
         "d1": d1,
         "d2": d2,
         "misfit": misfit,
@@ -122,6 +123,7 @@ def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None
     negatives = unknown if counts is None else counts[:, 0]
     return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob(), sums.log_total) | {
         "logit_grad_norm": norm / some.factor,
+        "logit_grad_sum": seen.sum(1) / some.factor if head is None else unknown,
         "d1": unknown,
         "d2": unknown,
         "misfit": misfit,
@@ -156,6 +158,7 @@ def measure_logprobs(
     d2, negatives, contradicts = _action_curvature(some, objective, odds, (d1, misfit), vocabulary)
     return _columns(some, logprobs, unknown if entropy is None else entropy.double(), squares, None) | {
         "logit_grad_norm": d1.abs() / temperature * (1 - 2 * logprobs.exp() + squares).clamp(min=0).sqrt(),
+        "logit_grad_sum": unknown,
         "d1": d1,
         "d2": d2,
         "misfit": unknown,

@@ -85,6 +85,22 @@ COLUMNS: list[Column] = [
         "Euclidean norm of the trained weights before the step" + ESTIMATED,
     ),
     Column(
+        "updates",
+        "moved_between",
+        "float64",
+        "weight",
+        "Euclidean norm of what changed the weights between the last step and this one: 0 in an ordinary loop; from "
+        "sketches, null with copies=True",
+    ),
+    Column(
+        "updates",
+        "step_undone",
+        "float64",
+        "1",
+        "share of the last step that this change took back (its part along the step); from sketches",
+    ),
+    Column("updates", "step_cos_prev", "float64", "1", "cosine of the step with the last one; from sketches"),
+    Column(
         "updates", "grad_cos_prev", "float64", "1", "cosine of this gradient with the previous update's" + ESTIMATED
     ),
     Column(
@@ -149,6 +165,13 @@ COLUMNS: list[Column] = [
     Column("tokens", "sum_sq_prob", "float64", "1", "sum over the vocabulary of p^2"),
     Column("tokens", "logsumexp", "float64", "nat", "log sum_j exp(z_j), z as it enters the softmax"),
     Column("tokens", "logit_grad_norm", "float64", "loss", "Euclidean norm of d loss / d logits at this token"),
+    Column(
+        "tokens",
+        "logit_grad_sum",
+        "float64",
+        "loss",
+        "sum over the vocabulary of d loss / d logits: 0 for every loss of probabilities; null but at the logits",
+    ),
     Column("tokens", "d1", "float64", "loss", "f'(l) of the back-propagated loss; null for a loss that is no f(l)"),
     Column("tokens", "d2", "float64", "loss", "f''(l) of the back-propagated loss; null where it does not follow"),
     Column(
@@ -165,8 +188,10 @@ COLUMNS: list[Column] = [
     Column("norms", "scope", "string", "", "'layer' (a numbered block, or a module outside them) or 'group'"),
     Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
     Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
+    Column("norms", "grad_norm_clipped", "float64", "loss / weight", "the same as the optimiser received it"),
     Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
     Column("norms", "weight_norm", "float64", "weight", "Euclidean norm of its weights before the step"),
+    Column("norms", "moved_between", "float64", "weight", "of `updates`, its part"),
     Column("sketches", "step", "int64", "1", "the update"),
     Column(
         "sketches", "vector", "string", "", "'gradient' g_t as the optimiser got it, 'step' d_t, or 'weights' theta_t"
