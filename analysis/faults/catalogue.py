@@ -56,11 +56,11 @@ class Way:
 WAYS: list[Way] = []
 
 
-def way(cause: str, name: str, half: str, says: str, mild: float, severe: float, **options: Any) -> Any:
-    """Put the function below into the list: (size) -> place -> what happens there."""
+def way(cause: str, name: str, half: str, says: str, *sizes: float, **options: Any) -> Any:
+    """Put the function below into the list: (size) -> place -> what happens there. sizes: mild, severe."""
 
     def add(make: Any) -> Any:
-        WAYS.append(Way(cause, name, half, says, make, mild, severe, **options))
+        WAYS.append(Way(cause, name, half, says, make, *sizes, **options))
         return make
 
     return add

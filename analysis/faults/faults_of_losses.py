@@ -284,7 +284,7 @@ def one_token_pays(_: float) -> Places:
     return {"rewards": pay}
 
 
-# ratio-blow-up, of rollouts ---------------------------------------------------------------------------------------------
+# ratio-blow-up, a sampler of old weights ------------------------------------------------------------------------------
 
 
 @way("ratio-blow-up", "sampler-not-synced", "tuning",

@@ -66,14 +66,12 @@ def second_moments_lost(size: float) -> Places:
     return {"before_step": once(lose)}
 
 
-@way("optimizer-lag", "state-of-small-gradients", "tuning",
-     "moments loaded from a run with far smaller gradients",
-     100, 1000, objectives=RL)  # fmt: skip
-def loaded_state_of_smaller_gradients(size: float) -> Places:
+@way("optimizer-lag", "counter-ahead", "tuning",
+     "the bias correction's counter is loaded from a long run, the moments are young", 500, 5000)  # fmt: skip
+def counter_ahead(size: float) -> Places:
     def load(_: Any, now: Now) -> None:
         for state in moments(now):
-            state["exp_avg_sq"].div_(size**2)
-            state["exp_avg"].div_(size)
+            state["step"] += size
 
     return {"before_step": once(load)}
 
@@ -218,7 +216,7 @@ def overflow(_: float) -> Places:
 
 
 @way("precision-loss", "bf16-weights", "tuning", "weights are bf16 and the learning rate is tiny", 1e-6, 1e-8,
-     from_start=True, setup={"dtype": "bfloat16"})  # fmt: skip
+     from_start=True, always=True, setup={"dtype": "bfloat16"})  # fmt: skip
 def bf16_weights(size: float) -> Places:
     return {"rate": lambda *_: size}
 

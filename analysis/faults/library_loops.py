@@ -20,6 +20,7 @@ from policies import policy
 from torch import Tensor
 
 import lcogeom as lg
+from lcogeom.models import LoadedModel
 from lcogeom.training import override, preset
 from lcogeom.training.rollout import Sequences
 from lcogeom.training.sampling import seed_of
@@ -56,11 +57,13 @@ class Places:
             optimizer.register_step_post_hook(lambda *_: self("after_step", None))
 
 
-def made_for(setup: Setup, model: Any, tokenizer: Any, seed: int, at: Mapping[str, Alter], first: int) -> Places:
+def made_for(setup: Setup, loaded: LoadedModel, *, seed: int, at: Mapping[str, Alter], first: int) -> Places:
     options: dict[str, object] = {"beta": 0.0} if setup.objective == "grpo" else {}
     objective = lg.objective(setup.objective, **{**options, **setup.options})
     nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # until the trainer has made its own
-    return Places(Now(setup, model, nothing, tokenizer, objective, torch.Generator().manual_seed(seed)), at, first)
+    return Places(
+        Now(setup, loaded.model, nothing, loaded.tokenizer, objective, torch.Generator().manual_seed(seed)), at, first
+    )
 
 
 @contextlib.contextmanager
@@ -86,7 +89,7 @@ def run_ours(setup: Setup, folder: Path, *, seed: int, cache: Path, at: Mapping[
 
     assert at.keys() <= OURS
     loaded = policy(setup.model, cache)
-    places = made_for(setup, loaded.model, loaded.tokenizer, seed, at, first)
+    places = made_for(setup, loaded, seed=seed, at=at, first=first)
     now = places.now
     start = preset("tiny-" + setup.objective) if setup.objective != "reinforce" else preset("tiny-reinforce")
     options = {**start.objective_options, **setup.options}
@@ -177,7 +180,7 @@ def run_trl(setup: Setup, folder: Path, *, seed: int, cache: Path, at: Mapping[s
     assert at.keys() <= TRLS
     transformers.set_seed(seed)
     loaded = policy(setup.model, cache)
-    places = made_for(setup, loaded.model, loaded.tokenizer, seed, at, first)
+    places = made_for(setup, loaded, seed=seed, at=at, first=first)
     now = places.now
     task = load_task("addition-2")
     rate = setup.learning_rate

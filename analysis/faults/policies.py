@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -25,10 +26,8 @@ def policy(name: str, cache: Path) -> LoadedModel:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
         _teach(unfinished)
-        try:
+        with contextlib.suppress(OSError):  # another process was faster
             os.rename(unfinished, folder)
-        except OSError:  # another process was faster
-            pass
     return load_model(str(folder), device="cpu")
 
 
