@@ -124,7 +124,9 @@ def _grows_backwards(s: Signals) -> list[Finding]:
         known = usual(per_logit[:, column])
         excess[:, column], score[:, column] = known.excess, known.score
     most, least, sure = _extreme(excess, np.nanmax), _extreme(excess, np.nanmin), _extreme(score, np.nanmax)
-    at = first((most > GROWN) & (most - least > GROWN) & (sure > SURE))
+    # Where terms cancel, a single batch brings it too; what a layer does, it does in the next updates as well.
+    clear = ((most > GROWN) & (most - least > GROWN) & (sure > SURE)).astype(float)
+    at = first((_ahead(clear, 3) == 1) & (np.arange(s.size) <= s.size - 3))
     if at is None:
         return []
     row = excess[at]

@@ -92,6 +92,8 @@ def dominant_sequence(s: Signals) -> list[Finding]:
     places = np.flatnonzero(found)
     if not len(places):
         return []
+    # Once it is clear that the loss weighs unequally: where that began, however much that sequence's gradient was then.
+    places = np.flatnonzero((share > DRIVES / 3) & (heavy > OUTWEIGHS) & (fair < share / 2))
     place = places[np.lexsort((-share[places], update[places]))[0]]
     at = int(update[place])
     name = f"sequence {int(s.token('sequence')[tokens.sequence == place][0])}"  # type: ignore[index]
@@ -168,7 +170,7 @@ def negative_rare_token(s: Signals) -> list[Finding]:
         return []
     total = tokens.sums(tokens.weight)
     # Two updates on one rollout show the same tokens: those of the first count, and stand for the others.
-    fresh = ~(tokens.seen_before > 0.01)
+    fresh = np.ones(s.size, dtype=bool) if tokens.again is None else ~tokens.again
     best = None
     for limit in RARE:
         rare = (advantage < 0) & (prob < limit) & (tokens.square > 0)
@@ -245,7 +247,7 @@ def clip_saturation(s: Signals) -> list[Finding]:
     flat = (slope == 0) & (np.abs(advantage) > 1e-8) & (prob < SATURATED)
     with np.errstate(divide="ignore", invalid="ignore"):
         lost = tokens.sums(called, flat) / tokens.sums(called)
-    again = tokens.seen_before > 0.01
+    again = np.zeros(s.size, dtype=bool) if tokens.again is None else tokens.again
     rollout = np.cumsum(~again)
     usable = again & np.isfinite(lost)
     mean = np.bincount(rollout, np.where(usable, lost, 0.0)) / np.maximum(np.bincount(rollout, usable), 1)
