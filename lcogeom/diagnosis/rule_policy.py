@@ -4,14 +4,19 @@ from __future__ import annotations
 
 
 import numpy as np
+import pandas as pd
 
-from lcogeom.diagnosis.baseline import first
+from lcogeom.diagnosis.baseline import WINDOW, first, longest_from
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import make, number
 from lcogeom.diagnosis.signals import Signals
 
 COLLAPSED = 0.1
 """Of the entropy that the run began with; learning sharpens a policy too, but leaves more or takes longer."""
+ALIKE = 0.05
+"""Cosine of the logit gradients with the vector of ones: rounding leaves 1e-6, a z-loss of 1e-4 about 0.01."""
+HEADS = ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "output")
+"""Names of output matrices, and of the input embeddings that are tied to them."""
 DRIFT = 5.0
 """Nat that the log normaliser moves: logits of a trained model lie within 10 to 30 of each other."""
 
@@ -47,6 +52,66 @@ def entropy_collapse(s: Signals) -> list[Finding]:
 
 
 def logit_drift(s: Signals) -> list[Finding]:
+    """All logits of a token are pushed alike: by the loss, by a head that changes between steps, or in effect."""
+    found = [one for rule in (_pushed_alike, _head_moves, _normaliser_moves) for one in rule(s)]
+    return sorted(found, key=lambda finding: finding.update)[:1]
+
+
+def _pushed_alike(s: Signals) -> list[Finding]:
+    """Gradients of probabilities sum to 0 over the vocabulary: what is left pushes all logits of a token alike."""
+    tokens, summed, vocabulary = s.tokens, s.token("logit_grad_sum"), s.meta.get("vocabulary")
+    if tokens is None or summed is None or tokens.square is None or not isinstance(vocabulary, int):
+        return []
+    alike = tokens.sums(tokens.weight * summed**2 / vocabulary)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.sqrt(alike / tokens.sums(tokens.square))
+    known = pd.Series(share).shift(1)
+    usual_share = known.rolling(WINDOW, min_periods=1).median().fillna(0.0).to_numpy()
+    if str(s.meta.get("objective")).find("lco-m") >= 0 or str(s.meta.get("objective")).find("lco-lch") >= 0:
+        usual_share[0] = np.inf  # these move logits themselves, and sum to something from the first update on
+    at = first(share > np.maximum(ALIKE, 3 * usual_share))
+    if at is None:
+        return []
+    level = s.get("logsumexp")
+    proof = [
+        s.evidence("logit_grad_sum", at, share[at], usual_share[at], "cosine of gradients with (1, ..., 1)", "tokens")
+    ]
+    if level is not None:
+        proof.append(s.evidence("logsumexp", s.size - 1, level[-1], level[at], "log normaliser at the end, and here"))
+    sentence = (
+        f"From update {s.steps[at]} on the loss pushes all logits of a token alike (a part of {share[at]:.0%} of its "
+        "gradient, where a loss of probabilities has none): they drift without changing a probability."
+    )
+    return [make(s, "logit-drift", at, 0.9, sentence, proof, share=float(share[at] ** 2))]
+
+
+def _head_moves(s: Signals) -> list[Finding]:
+    """The output matrix, and it alone, changes between steps, again and again."""
+    layers = s.layers
+    if layers is None:
+        return []
+    heads = [place for place, name in enumerate(layers.names) if name.rsplit(".", 1)[-1] in HEADS]
+    if not heads:
+        return []
+    moved = np.nan_to_num(layers.moved_between, nan=0.0)
+    head = moved[:, heads].sum(1)
+    others = np.delete(moved, heads, axis=1).sum(1)
+    at = longest_from((head > 0) & (others == 0), 3)
+    if at is None:
+        return []
+    name = layers.names[heads[int(moved[at, heads].argmax())]]
+    proof = [s.evidence("moved_between", at, head[at], 0.0, f"norm of what changes {name} between steps", "norms")]
+    level = s.get("logsumexp")
+    if level is not None:
+        proof.append(s.evidence("logsumexp", s.size - 1, level[-1], level[at], "log normaliser at the end, and here"))
+    sentence = (
+        f"From update {s.steps[at]} on something other than the optimiser changes {name} after every step, and it alone: "
+        "all logits move with it."
+    )
+    return [make(s, "logit-drift", at, 0.85, sentence, proof, where=name)]
+
+
+def _normaliser_moves(s: Signals) -> list[Finding]:
     """The softmax's log normaliser left its range."""
     level = s.get("logsumexp")
     if level is None:

@@ -25,6 +25,9 @@ class Layers:
     grad_norm: np.ndarray
     update_norm: np.ndarray
     weight_norm: np.ndarray
+    received: np.ndarray
+    """`grad_norm_clipped`."""
+    moved_between: np.ndarray
 
 
 @dataclass(eq=False)
@@ -169,7 +172,8 @@ def layers_of(norms: pd.DataFrame, steps: np.ndarray) -> Layers | None:
             found[place[there], column[there]] = values[there]
         return found
 
-    return Layers(tuple(names), table("grad_norm"), table("update_norm"), table("weight_norm"))
+    numbers = ("grad_norm", "update_norm", "weight_norm", "grad_norm_clipped", "moved_between")
+    return Layers(tuple(names), *(table(name) for name in numbers))
 
 
 def _plain(value: object) -> float | str | None:
