@@ -153,6 +153,8 @@ def in_library(one: Way, turn: int, loop: str, known: frozenset[str]) -> Case | 
         return None
     if loop == "trl" and "options" in given:
         return None
+    if one.cause == "non-finite" and not one.rollout:
+        objectives = [name for name in objectives if name != "reinforce"]  # whose rollouts give one update
     objective = objectives[turn % len(objectives)]
     setup = Setup(
         model=("tiny", "gpt2")[(turn // 2) % 2],
@@ -163,6 +165,8 @@ def in_library(one: Way, turn: int, loop: str, known: frozenset[str]) -> Case | 
         first = -(-first // setup.inner_epochs) * setup.inner_epochs
     if one.always:
         first = 0
+    if one.cause == "non-finite" and not one.rollout:
+        first += 1  # in the middle of a rollout: sampling with such weights would end the run before it is recorded
     seed = {"ours": 300, "trl": 400}[loop] + turn + 5000 * (one.half == "held-out")
     return Case(f"{one.cause}/{one.name}/{loop}", one.half, seed, setup, one, one.severe, True, first, loop)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from catalogue import RATIO, RL, once, way
-from plain_loop import SAMPLES, Alter, Now, logprobs_of, shifted_logits
+from plain_loop import SAMPLES, Alter, Now, logprobs_of, shifted_logits, weights_swapped
 from torch import Tensor
 
 from lcogeom.training.rollout import Sample
@@ -158,12 +158,8 @@ def quantised(size: float) -> Places:
 def stale_weights(_: float) -> Places:
     def other(_: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
-        kept = {name: value.clone() for name, value in now.model.state_dict().items()}
-        now.model.load_state_dict(now.start)
-        with torch.no_grad():
-            found = logprobs_of(shifted_logits(now), now.sequences.input_ids)
-        now.model.load_state_dict(kept)
-        return found
+        with weights_swapped(now.model, now.start), torch.no_grad():
+            return logprobs_of(shifted_logits(now), now.sequences.input_ids)
 
     return {"old_logprobs": other}
 
@@ -224,13 +220,13 @@ def punished(size: float) -> Places:
 
 @way("negative-rare-token", "all-negative", "held-out",
      "only wrong answers are kept, A = -1, one rollout for many updates, no clip", 1, 3, objectives=("reinforce",),
-     rollout=True, seen=(0, 8), setup={"inner_epochs": 24, "learning_rate": 3e-4, "updates": 24, "warmup": 0},
+     rollout=True, seen=(0, 8), setup={"inner_epochs": 24, "learning_rate": 1.5e-4, "updates": 24},
      from_start=True)  # fmt: skip
 def all_negative(size: float) -> Places:
     return {"advantages": lambda advantages, _: torch.full_like(advantages, -size)}
 
 
-@way("negative-rare-token", "hot-sampler", "held-out", "the sampler is far too hot, wrong answers are punished unclipped",
+@way("negative-rare-token", "hot-sampler", "held-out", "the sampler is far too hot, its errors are punished unclipped",
      3, 6, objectives=("reinforce",), rollout=True)  # fmt: skip
 def hot_sampler(size: float) -> Places:
     return {"temperature": lambda *_: size}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from catalogue import RL, once, way
+from catalogue import once, way
 from plain_loop import Alter, Now
 
 Places = dict[str, Alter]

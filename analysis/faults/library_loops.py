@@ -140,7 +140,7 @@ def run_ours(setup: Setup, folder: Path, *, seed: int, cache: Path, at: Mapping[
         places.reach(step)
         if step == 0:
             places.around_steps(learner.optimizer)
-        now.sequences = rollout.sequences
+        now.sequences, now.advantages = rollout.sequences, rollout.advantages
         places("before_update", None)
         return update(learner, rollout, rows, step, **options)
 

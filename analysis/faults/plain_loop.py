@@ -10,7 +10,8 @@ B completions, T tokens wide, V the vocabulary; entry t of (B, T) belongs to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class Now:
     """Updates since the fault's first; 0 at its first."""
     sequences: Sequences | None = None
     rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    """(B, T), of the sequences in hand."""
     logits: Tensor | None = None
     """(B, T, V), entry t predicted by position t - 1; with their graph."""
     start: dict[str, Tensor] = field(default_factory=dict)
@@ -95,9 +98,9 @@ class Now:
 Alter = Callable[[Any, Now], Any]
 """(value, now) -> value, at one place of the loop."""
 PLACES = (
-    "before_rollout", "renew", "temperature", "problems", "samples", "rewards", "advantages", "old_logprobs", "rate", "parts", "logits", "mask",
-    "before_update", "objective", "token_losses", "weights", "loss", "scale", "backward_done", "before_step",
-    "after_step",
+    "before_rollout", "renew", "temperature", "problems", "samples", "rewards", "advantages", "old_logprobs", "rate",
+    "parts", "logits", "mask", "before_update", "objective", "token_losses", "weights", "loss", "scale",
+    "backward_done", "before_step", "after_step",
 )  # fmt: skip
 
 
@@ -112,6 +115,8 @@ class Rollout:
     """(B, T, V), as Now.logits."""
     old_logprobs: Tensor
     """(B, T)."""
+    ref_logprobs: Tensor | None
+    """(B, T), of the starting weights; None without a penalty."""
 
 
 def run(
@@ -172,7 +177,22 @@ def make_rollout(loaded: LoadedModel, task: Task, seed: int, now: Now, alter: Ca
     with torch.no_grad():
         old_logits = shifted_logits(now)
     old = alter("old_logprobs", logprobs_of(old_logits, sequences.input_ids))
-    return Rollout(sequences, now.rewards, advantages, old_logits, old)
+    ref = None
+    if setup.options.get("beta") and setup.objective == "grpo":
+        with weights_swapped(now.model, now.start), torch.no_grad():
+            ref = logprobs_of(shifted_logits(now), sequences.input_ids)
+    return Rollout(sequences, now.rewards, advantages, old_logits, old, ref)
+
+
+@contextlib.contextmanager
+def weights_swapped(model: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights for a while."""
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept)
 
 
 def advantages_of(now: Now) -> Tensor:
@@ -210,11 +230,17 @@ def update(rollout: Rollout, now: Now, probe: lg.Probe, alter: Callable[[str, An
     for group in optimizer.param_groups:
         group["lr"] = alter("rate", rate)
     alter("before_update", None)
+    now.sequences, now.rewards, now.advantages, now.logits = (
+        rollout.sequences,
+        rollout.rewards,
+        rollout.advantages,
+        None,
+    )
     optimizer.zero_grad()
     total = int(rollout.sequences.action_mask.sum())
     for rows in alter("parts", torch.arange(len(rollout.rewards)).chunk(setup.accumulation)):
         sequences = now.sequences = rollout.sequences[rows]
-        now.rewards = rollout.rewards[rows]
+        now.rewards, now.advantages = rollout.rewards[rows], rollout.advantages[rows]
         now.logits = alter("logits", shifted_logits(now))
         told = sequences.action_mask
         mask = alter("mask", told)  # (B, T): what the loss runs over
@@ -223,6 +249,7 @@ def update(rollout: Rollout, now: Now, probe: lg.Probe, alter: Callable[[str, An
             advantages=rollout.advantages[rows][mask],
             old_logprobs=rollout.old_logprobs[rows][mask],
             old_logits=rollout.old_logits[rows][mask],
+            ref_logprobs=None if rollout.ref_logprobs is None else rollout.ref_logprobs[rows][mask],
         )
         objective = alter("objective", now.objective)
         losses = alter("token_losses", objective.loss(now.logits[mask], batch).double())  # (M,)
@@ -233,6 +260,8 @@ def update(rollout: Rollout, now: Now, probe: lg.Probe, alter: Callable[[str, An
         weights = alter("weights", weights)
         loss = alter("loss", (weights[mask] * losses).sum())
         known = {"advantages": rollout.advantages[rows], "old_logprobs": rollout.old_logprobs[rows]}
+        if rollout.ref_logprobs is not None:
+            known["ref_logprobs"] = rollout.ref_logprobs[rows]
         if not setup.told or setup.objective == "sft":
             known = {}
         probe.batch(

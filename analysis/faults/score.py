@@ -3,10 +3,10 @@
     python analysis/faults/score.py OUT              after make_runs.py OUT; 3 minutes on one core
     python analysis/faults/score.py OUT --half tuning --misses FILE      what went wrong on the tuning half, run by run
 
-A run counts as right where the first finding has the cause that was put in (or one of the causes that the catalogue
-calls right as well), in the top two where one of the first two has. Its update is right where the finding with the right
-cause names one that the catalogue allows, give or take one. A run without any finding is said to be healthy.
-Intervals: 95 %; of faulty runs by a bootstrap over ways, because runs of one way fail together; of healthy runs Wilson's.
+A run counts as right where the first finding has the cause that was put in, or one that the catalogue calls right as
+well; in the top two where one of the first two has. Its update is right where the finding with the right cause names
+one that the catalogue allows, give or take one. A run without any finding is said to be healthy. Intervals: 95 %; of
+faulty runs by a bootstrap over ways, because runs of one way fail together; of healthy runs Wilson's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def judged(folder: Path, name: str) -> Row:
         **{key: fault[key] for key in ("half", "cause", "way", "loop", "severe", "seed", "update", "seen", "also")},
         "objective": fault["setup"]["objective"],
         "model": fault["setup"]["model"],
-        "said": error and "error" or (findings[0]["cause"] if findings else "healthy"),
+        "said": (error and "error") or (findings[0]["cause"] if findings else "healthy"),
         "first": bool(findings) and findings[0]["cause"] in right,
         "top_two": any(one["cause"] in right for one in findings[:2]),
         "right_update": named is not None and fault["seen"][0] - 1 <= named <= fault["seen"][1] + 1,
@@ -116,7 +116,7 @@ def confusion(rows: Sequence[Row]) -> str:
         "| cause put in | runs | right first | in the top two | update right | said instead |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for cause in sorted({row["cause"] for row in rows} - {"healthy"}) + ["healthy"]:
+    for cause in [*sorted({row["cause"] for row in rows} - {"healthy"}), "healthy"]:
         mine = [row for row in rows if row["cause"] == cause]
         if cause == "healthy":
             right = sum(row["said"] == "healthy" for row in mine)
