@@ -122,6 +122,14 @@ CAUSES: dict[str, Cause] = {
             _BROKEN,
         ),
         Cause(
+            "precision-loss",
+            "Steps are lost in the weights' rounding",
+            "Most weights do not change, because the step is smaller than the spacing of their number format.",
+            "Keep float32 master weights (train in mixed precision), or round stochastically; a larger learning rate "
+            "hides it only.",
+            ("optimizer-lag",),
+        ),
+        Cause(
             "optimizer-lag",
             "The step is out of proportion to the gradient",
             "The optimiser's state does not fit the gradient any more: second moments that are stale, were lost or "
@@ -136,14 +144,6 @@ CAUSES: dict[str, Cause] = {
             "The weights moved so far in one update that the gradient said nothing about where they arrived.",
             "Lower the learning rate or warm it up, and clip the gradient's norm; go back to the checkpoint before.",
             ("behaviour-mismatch", *_BROKEN),
-        ),
-        Cause(
-            "precision-loss",
-            "Steps are lost in the weights' rounding",
-            "Most weights do not change, because the step is smaller than the spacing of their number format.",
-            "Keep float32 master weights (train in mixed precision), or round stochastically; a larger learning rate "
-            "hides it only.",
-            (),
         ),
         Cause(
             "entropy-collapse",

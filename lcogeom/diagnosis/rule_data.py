@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding
@@ -74,6 +75,12 @@ def _padding(s: Signals) -> list[Finding]:
         return []
     chosen = np.zeros(len(ids), dtype=bool)
     chosen[order] = (rows > other[sequence]) & (rows > starts[sequence]) & tailed[sequence]
+    logprob, entropy = s.token("logprob"), s.token("entropy")
+    if logprob is not None and entropy is not None:  # a policy that repeats itself is not surprised by it
+        surprise = tokens.mean(-logprob - entropy, chosen)
+        at = first((found > TAILED) & (surprise > SURPRISE))
+        if at is None:
+            return []
     proof = [s.evidence("token_id", at, found[at], 0.0, "of the sequences end in one repeated token", "tokens")]
     sentence = (
         f"At update {s.steps[at]}, {found[at]:.0%} of the sequences end in the same token, repeated: padding is marked "
@@ -136,6 +143,7 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     # Minibatches of one rollout have all moved a little by then: as far as earlier ones did, and no step says more.
     before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
     jumped = np.isnan(before.level) | (before.excess > np.log(3))
+    jumped &= ~_stale(apart, fresh)
     found = fresh & (apart > APART) & (bulk > APART / 10) & jumped
     if np.nanmax(np.where(fresh, apart, 0.0), initial=0.0) <= APART:
         return []
@@ -156,6 +164,20 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     first_of_run = s.steps[at] == 0 or (np.isfinite(level) and level < APART / 3)
     chosen = (tokens.update == at) & (log_ratio > APART)
     return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
+
+
+def _stale(apart: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """(U,): whether a sampler that lags behind explains it: the policy has moved on by its usual steps since.
+
+    Then |log r| grows from one rollout to the next by no more than it grows within rollouts, step by step.
+    """
+    last = np.r_[np.nan, apart[:-1]]
+    within = pd.Series(np.where(fresh, np.nan, apart - last)).rolling(8, min_periods=1).median().shift(1)
+    rollout = np.cumsum(fresh)
+    known = pd.Series(np.where(fresh, apart, np.nan))
+    grown = apart - known.shift(1).ffill().fillna(0.0)
+    steps = pd.Series(rollout).groupby(rollout).transform("size").to_numpy()
+    return (within.to_numpy() > 0) & (grown < 1.2 * within.to_numpy() * np.maximum(steps, 1))
 
 
 def advantage_outlier(s: Signals) -> list[Finding]:

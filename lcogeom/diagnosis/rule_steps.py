@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from lcogeom.diagnosis.baseline import WINDOW, Usual, first, usual
+from lcogeom.diagnosis.baseline import Usual, first, usual
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import make, number
 from lcogeom.diagnosis.signals import Signals
@@ -24,9 +24,11 @@ REPLACED = 0.05
 """Of a layer's weights, between two steps."""
 RELATIVE = 0.05
 """Step over weights: a twentieth of all weights rewritten at once. Usual steps are 1e-5 to 1e-2 of them."""
-KEPT, KEPT_SCATTER = 0.4, 0.1
-"""Of what momentum should keep of the last step; a gradient that opposes it takes away a fifth (0.1 / 0.23 of Adam's
-usual step, times a cosine of 0.5), and 10 % come from the sketch and from batch to batch."""
+CALM = 3.0
+"""Times its usual norm: what a gradient as the optimiser receives it stays below, clipped or not, but for events."""
+KEPT = 0.35
+"""Of what momentum should keep of the last step: a new gradient that opposes it takes away 0.1 / 0.23 (Adam's weight of
+it over Adam's usual step) times their cosine, which is seldom below -0.5, and the sketch errs by 0.01."""
 UNDONE = 0.3
 """Of a step, on average over three: the noise of rounding lies across the step, and takes nothing of it back."""
 HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -50,10 +52,14 @@ def _weights_changed(s: Signals) -> list[Finding]:
     step = np.r_[np.full((1, len(layers.names)), np.nan), layers.update_norm[:-1]]
     beyond = np.where(change > 2 * step, change, 0.0) / layers.weight_norm
     moved = np.where(np.isnan(moved), beyond, moved)
-    at = first(np.nan_to_num(moved, nan=0.0).max(1, initial=0.0) > REPLACED)
+    moved = np.nan_to_num(moved, nan=0.0)
+    # What changes again and again is no replaced weight: a drift, or rounding.
+    again = pd.DataFrame(moved > 0).rolling(3).sum().to_numpy()[2:] == 3
+    once = np.r_[~again, np.ones((min(2, len(moved)), len(layers.names)), dtype=bool)]
+    at = first(np.where(once, moved, 0.0).max(1, initial=0.0) > REPLACED)
     if at is None:
         return []
-    place = int(np.nanargmax(moved[at]))
+    place = int(moved[at].argmax())
     name, before, after = layers.names[place], layers.weight_norm[max(at - 1, 0), place], layers.weight_norm[at, place]
     proof = [
         s.evidence("moved_between", at, moved[at, place], 0.0, f"of {name}, relative to its weights", "norms"),
@@ -76,11 +82,8 @@ def _gradient_changed(s: Signals) -> list[Finding]:
     factor[~np.isfinite(factor)] = np.nan
     with np.errstate(invalid="ignore"):
         own = factor - _middle(factor)[:, None]
-    usual_own = np.zeros_like(own)
-    for column in range(own.shape[1]):  # a loop may clip layer by layer: what it always does is no event
-        known = own[:, column][np.isfinite(own[:, column])]
-        usual_own[:, column] = np.median(known[: len(known) // 2 + 1]) if len(known) else 0.0
-    off = np.where(np.isfinite(own), np.abs(own - usual_own), 0.0)
+    before = pd.DataFrame(own).shift(1).expanding().median().to_numpy()  # a loop may clip layer by layer, always
+    off = np.abs(np.nan_to_num(own - before, nan=0.0))
     at = first(off.max(1, initial=0.0) > math.log(2))
     if at is None:
         # From the first update on; clipping layer by layer never makes a gradient larger.
@@ -207,41 +210,55 @@ def _momentum_kept(s: Signals) -> list[Finding]:
         return []
     with np.errstate(divide="ignore", invalid="ignore"):
         share = cosine * (step / rate) / np.r_[np.nan, (step / rate)[:-1]] / kept
-    known = pd.Series(np.where(np.isfinite(share), share, np.nan)).shift(1).rolling(WINDOW, min_periods=3)
-    level, scatter = known.median().to_numpy(), 1.4826 * known.apply(_deviation, raw=True).to_numpy()
-    scatter = np.fmax(np.nan_to_num(scatter), KEPT_SCATTER)
-    low = (share < KEPT) & (share < level - SURE * scatter)
-    high = (share > 1 / KEPT) & (share > level + SURE * scatter)
-    at = first(low | high)
+    gradient = s.get("grad_norm_clipped")
+    assert gradient is not None
+    # A gradient far above the last ones outweighs momentum; and of a first step alone there is little to keep.
+    calm = (gradient < CALM * usual(gradient, least=1).level) & (s.steps > 1)
+    at = first(calm & ((share < KEPT) | (share > 1 / KEPT)))
     if at is None:
         return []
     proof = [
-        s.evidence("step_cos_prev", at, share[at], level[at], "of the last step is kept, of what momentum should keep"),
+        s.evidence("step_cos_prev", at, share[at], 1.0, "of the last step is kept, of what Adam's momentum keeps"),
         s.evidence("update_norm", at, step[at], usual(step).level[at], "norm of the step"),
     ]
     sentence = (
-        f"At update {s.steps[at]} the step keeps {share[at]:.0%} of what momentum should keep of the last one (usually "
-        f"{level[at]:.0%}): the optimiser's state was lost, replaced or scaled."
+        f"At update {s.steps[at]} the step keeps {share[at]:.0%} of what Adam's momentum keeps of the last one: the "
+        "optimiser's state was lost, replaced or scaled."
     )
     return [make(s, "optimizer-lag", at, 0.9, sentence, proof)]
 
 
-def _deviation(values: np.ndarray) -> float:
-    return float(np.nanmedian(np.abs(values - np.nanmedian(values))))
-
-
 def _adam_keeps(s: Signals) -> np.ndarray | None:
-    """(U,): of the last step's direction, what Adam's bias-corrected first moment keeps: b (1 - b^(t-1)) / (1 - b^t)."""
-    options = s.meta.get("optimizer_options")
-    betas = options.get("betas") if isinstance(options, Mapping) else None
-    if "adam" not in str(s.meta.get("optimizer", "")).lower() or not isinstance(betas, str):
+    """(U,): what is left of Adam's last step in the next, per unit of learning rate, apart from the new gradient.
+
+    b1 (1 - b1^(t-1)) / (1 - b1^t) by the bias-corrected first moment, and sqrt(v_t-1 / v_t) by the second, which is
+    followed with the gradient's norm.
+    """
+    betas = _betas(s)
+    gradient = s.get("grad_norm_clipped")
+    if betas is None or gradient is None or s.steps[0] != 0:
         return None
-    found = re.findall(r"[0-9.]+(?:e-?[0-9]+)?", betas)
-    beta = float(found[0]) if found else 0.0
-    if not 0.5 < beta < 1:
-        return None
+    first_beta, second_beta = betas
     made = s.steps + 1.0
-    return beta * (1 - beta ** (made - 1)) / (1 - beta**made) + np.where(made == 1, np.nan, 0.0)
+    squares = np.square(np.nan_to_num(gradient, nan=0.0, posinf=0.0))
+    second = np.empty(s.size)
+    moment = 0.0
+    for place, square in enumerate(squares):
+        moment = second_beta * moment + (1 - second_beta) * square
+        second[place] = moment / (1 - second_beta ** made[place])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slower = np.sqrt(np.r_[np.nan, second[:-1]] / second)
+    return first_beta * (1 - first_beta ** (made - 1)) / (1 - first_beta**made) * slower
+
+
+def _betas(s: Signals) -> tuple[float, float] | None:
+    """Adam's decay rates, from run.json; None for another optimiser."""
+    options = s.meta.get("optimizer_options")
+    betas = str(options.get("betas")) if isinstance(options, Mapping) else ""
+    found = [float(one) for one in re.findall(r"[0-9.]+(?:e-?[0-9]+)?", betas)]
+    if "adam" not in str(s.meta.get("optimizer", "")).lower() or len(found) != 2:
+        return None
+    return (found[0], found[1]) if 0.5 < found[0] < 1 and 0.5 < found[1] < 1 else None
 
 
 def _out_of_proportion(s: Signals) -> list[Finding]:
@@ -344,20 +361,20 @@ def _ahead(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _below_spacing(s: Signals) -> list[Finding]:
+    """Steps of half-precision weights below half their spacing, on average; or no step at all."""
     step, weights, rate = s.get("update_norm"), s.get("weight_norm"), s.get("learning_rate")
     gradient = s.get("grad_norm_clipped")
-    if step is None:
+    if step is None or gradient is None:
         return []
-    moving = np.ones(s.size, dtype=bool) if rate is None else rate > 0
-    still = (step == 0) & moving & (np.zeros(s.size, dtype=bool) if gradient is None else gradient > 0)
+    moving = (gradient > 0) & (np.ones(s.size, dtype=bool) if rate is None else rate > 0)
+    still = (step == 0) & moving
     stored = s.meta.get("weights")
     formats = {str(name): float(count) for name, count in stored.items()} if isinstance(stored, Mapping) else {}
     half = [name for name in HALF if formats.get(name, 0.0) > 0.5 * sum(formats.values())]
     limit = HALF[half[0]] if half else 2.0**-24
-    relative = np.zeros(s.size)
-    if weights is not None:
-        relative = step / np.where(weights > 0, weights, np.nan)
-        still |= (step > 0) & moving & (relative < limit)
+    relative = np.zeros(s.size) if weights is None else step / np.where(weights > 0, weights, np.nan)
+    if half:
+        still |= moving & (relative < limit)
     at = first(still)
     if at is None:
         return []
@@ -366,7 +383,7 @@ def _below_spacing(s: Signals) -> list[Finding]:
     if half:
         proof.append(s.evidence("weights", None, named, "float32", "the weights' format", "run.json"))
     sentence = (
-        f"From update {s.steps[at]} on the step is {number(relative[at])} of the weights, below what {named} can add to a "
-        f"number ({number(limit)}): most weights do not change."
+        f"From update {s.steps[at]} on the step is {number(relative[at])} of the weights, below what {named} can add "
+        f"to a number ({number(limit)}): most weights do not change."
     )
     return [make(s, "precision-loss", at, 0.85, sentence, proof)]

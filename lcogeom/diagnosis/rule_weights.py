@@ -20,6 +20,8 @@ BLOWN = 3.0
 """Of a ratio: far outside any clip bound in use (0.2 to 0.28; dual clip begins at 3)."""
 DRIVES = 0.3
 """Share of the squared gradient from which on a kind of token is said to drive an update."""
+NOTICED = 0.02
+"""Share of the squared gradient from which on a sequence's weight is looked at, once one dominates."""
 OUTWEIGHS = 3.0
 """Times the weight of the typical sequence, both with and without account of its length."""
 CLIPPED = 0.5
@@ -30,7 +32,7 @@ SATURATED = 0.999
 RARE = (1e-3, 1e-4)
 """Probabilities below which a token is rare."""
 SEVERAL = 4
-"""Updates that are taken together, to see a few such tokens in each."""
+"""Updates that count together: with a few rare tokens in each, or made on a rollout of which little is left."""
 UNLIKELY = 1e-5
 """Chance of that many rare tokens: 10,000 updates give 0.1 false alarms."""
 
@@ -93,7 +95,7 @@ def dominant_sequence(s: Signals) -> list[Finding]:
     if not len(places):
         return []
     # Once it is clear that the loss weighs unequally: where that began, however much that sequence's gradient was then.
-    places = np.flatnonzero((share > DRIVES / 3) & (heavy > OUTWEIGHS) & (fair < share / 2))
+    places = np.flatnonzero((share > NOTICED) & (heavy > OUTWEIGHS) & (fair < share / 2))
     place = places[np.lexsort((-share[places], update[places]))[0]]
     at = int(update[place])
     name = f"sequence {int(s.token('sequence')[tokens.sequence == place][0])}"  # type: ignore[index]
@@ -251,7 +253,8 @@ def clip_saturation(s: Signals) -> list[Finding]:
     rollout = np.cumsum(~again)
     usable = again & np.isfinite(lost)
     mean = np.bincount(rollout, np.where(usable, lost, 0.0)) / np.maximum(np.bincount(rollout, usable), 1)
-    at = first((mean[rollout] > CLIPPED) & usable & (lost > 0.8 * CLIPPED))
+    many = np.bincount(rollout, usable & (lost > 0.9 * CLIPPED)) >= SEVERAL
+    at = first(((mean > CLIPPED) | many)[rollout] & usable & (lost > 0.8 * CLIPPED))
     if at is None:
         return []
     proof = [

@@ -14,6 +14,8 @@ SMALL = 1e-12
 TIGHT = 0.02
 """Scatter of its logarithm within a sequence (median absolute deviation) below which a form is believed: true ones leave
 the rounding of the slopes, 1e-6 in float32 and 1e-2 in bf16."""
+MISFIT = 0.05
+"""From here on the recorder does not trust the slope, either."""
 ROWS = 200_000
 """Rows that the form is chosen on."""
 
@@ -24,6 +26,9 @@ def loss_weights(s: Signals) -> np.ndarray | None:
     if tokens is None:
         return None
     size = np.full(len(tokens.update), np.nan) if slope is None else np.abs(slope)
+    misfit = s.token("misfit")
+    if misfit is not None:
+        size = np.where(misfit > MISFIT, np.nan, size)  # f' of a loss that is no f(log pi) means nothing
     one = np.where(size > SMALL, size, np.nan)
     forms = []
     advantage, ratio = s.token("advantage"), s.token("ratio")
