@@ -40,8 +40,8 @@ class Page:
             "--no-first-run",
             f"--window-size={width},{height}",
         ]
-        # The browser reads commands from descriptor 3 and writes to 4.
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', binary, *flags, "about:blank"]
+        # The browser reads commands from descriptor 3 and writes to 4; sh knows no descriptors of two digits.
+        command = ["bash", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', binary, *flags, "about:blank"]
         self._process = subprocess.Popen(
             command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

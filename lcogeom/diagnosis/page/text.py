@@ -9,7 +9,7 @@ import unicodedata
 import numpy as np
 import pandas as pd
 
-SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\0": "␀"}
+SHOWN = {"\n": "↵", "\t": "⇥"}
 
 
 def escaped(text: object) -> str:
@@ -18,7 +18,7 @@ def escaped(text: object) -> str:
 
 
 def visible(text: str) -> str:
-    """Line breaks and tabs as signs; other control characters as their code.
+    """Line feeds and tabs as signs; other control characters as their code.
 
     A character that turns the direction of writing, or half a surrogate pair, could otherwise rearrange the page or
     make it unreadable as UTF-8. Joiners and variation selectors are part of ordinary writing and stay.

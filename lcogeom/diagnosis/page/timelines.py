@@ -12,7 +12,7 @@ from lcogeom.diagnosis.finding import Report
 from lcogeom.diagnosis.page import svg
 from lcogeom.diagnosis.page.text import escaped, numbers
 
-WIDTH, LEFT, RIGHT, HIGH, BELOW = 560.0, 58.0, 10.0, 120.0, 36.0
+WIDTH, LEFT, RIGHT, HIGH, BELOW = 560.0, 72.0, 10.0, 120.0, 36.0
 CHIP = 15.0
 """Height of a row of markers above a panel."""
 MOST_POINTS = 800

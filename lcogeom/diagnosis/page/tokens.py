@@ -66,7 +66,7 @@ def heavy_tokens(run: Run, update: int, *, start: int) -> Heavy:
     rows = run.tokens
     rows = rows[numbers(rows, "step") == update] if "step" in rows.columns else rows.iloc[:0]
     norm, weight = numbers(rows, "logit_grad_norm"), np.nan_to_num(numbers(rows, "weight"), nan=1.0)
-    size = np.nan_to_num(norm, nan=0.0, posinf=0.0)
+    size = np.where(np.isfinite(norm), norm, 0.0)
     scale = size.max(initial=0) or 1.0  # squares of 1e200 overflow
     total = float((weight * (size / scale) ** 2).sum())
     share = np.where(np.isfinite(norm), (size / scale) ** 2 / total, np.nan) if total else np.full(len(rows), np.nan)
