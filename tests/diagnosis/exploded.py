@@ -38,10 +38,10 @@ def tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
 
 
-def record(folder: Path) -> lg.Run:
-    """PPO on one batch of random completions; the learning rate of update AT is 3."""
+def record(folder: Path, *, at: int = AT, seed: int = 0) -> lg.Run:
+    """PPO on one batch of random completions, drawn by `seed`; the learning rate of update `at` is 3."""
     model = build("llama", torch.device("cpu"))
-    task = make_task(model, sequences=4, length=16)
+    task = make_task(model, sequences=4, length=16, seed=seed)
     order = torch.arange(int(task.mask.sum())) % len(HOSTILE)
     task.input_ids[task.mask] = order  # every hostile token is in a completion
     objective = lg.objective("ppo")
@@ -49,12 +49,18 @@ def record(folder: Path) -> lg.Run:
     with (
         warnings.catch_warnings(),
         lg.attach(
-            model, optimizer, folder, objective=objective, tokenizer=tokenizer(41), flush_every=None, black_box=2
+            model,
+            optimizer,
+            folder,
+            objective=objective,
+            tokenizer=tokenizer(41),
+            flush_every=None,
+            black_box_weights=True,
         ) as probe,
     ):
         warnings.filterwarnings("ignore", "black box")
         for update in range(UPDATES):
-            optimizer.param_groups[0]["lr"] = 3.0 if update == AT else 1e-4
+            optimizer.param_groups[0]["lr"] = 3.0 if update == at else 1e-4
             loss = loss_of(model, task, objective)
             tell(probe, task, loss)
             optimizer.zero_grad()
