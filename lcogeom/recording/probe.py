@@ -101,6 +101,7 @@ class Probe:
         self._losses: list[Tensor] = []
         self._summed = False
         self._mismatches: list[Tensor] = []
+        self._inside: list[Tensor] = []
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
@@ -274,6 +275,8 @@ class Probe:
         # Chosen before anything is copied: of logits, all tokens' rows may not fit a second time.
         at = place - 1 - kept
         sizes = gradient.abs().float() if gradient.ndim == 2 else _norm_of_rows(gradient)
+        if batch is not None and batch.mask is not None:
+            self._inside.append(_inside(sizes, sequence, at))
         [(rows, weight)] = choose([sizes[sequence, at]], self._budget, self._rng)
         sequence, place, at = sequence[rows], place[rows], at[rows]
         actions = ids[sequence, place]
@@ -342,7 +345,7 @@ class Probe:
                 f"update {self._step}: gradients were thrown away without a step (a loss scaler does so when they "
                 "overflow); the recorder forgot their tokens as well."
             )
-            self._candidates, self._measured, self._mismatches = [], [], []
+            self._candidates, self._measured, self._mismatches, self._inside = [], [], [], []
             if self._black_box is not None:
                 self._black_box.forget()
             self._losses = self._losses[-1:] if self._batches else []
@@ -401,11 +404,12 @@ class Probe:
                 "losses": self._losses,
                 "summed": self._summed,
                 "mismatches": self._mismatches,
+                "inside": self._inside,
                 "tokens": self._completion_tokens,
                 "sequences": self._sequences,
             }
         )
-        self._measured, self._losses, self._mismatches = [], [], []
+        self._measured, self._losses, self._mismatches, self._inside = [], [], [], []
         self._batches, self._noted = [], {}
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
@@ -419,6 +423,12 @@ class Probe:
 
 def _norm_of_rows(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+
+
+def _inside(sizes: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
+    """(2,) float64: squared norm of the gradient at the completion tokens, and everywhere."""
+    squares = sizes.double().square()
+    return torch.stack([squares[sequence, place].sum(), squares.sum()])
 
 
 def _size(columns: Columns) -> Tensor:
