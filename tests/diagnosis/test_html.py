@@ -141,7 +141,7 @@ def test_text_of_the_model_stays_text(page: Page, file: Path, tmp_path: Path) ->
     texts = page.value("[...document.querySelectorAll('.text .t')].map((one) => one.textContent)")
     for hostile in HOSTILE:
         assert visible(hostile) in texts
-    assert visible(HOSTILE[0]) in page.value("document.querySelector('#finding-2').innerText")
+    assert visible(HOSTILE[0]) in page.value("document.querySelector('#finding-2').textContent")
     for token in range(len(HOSTILE)):
         page.point_at(f".text .t:nth-child({token + 1})")
         assert page.value("window.hacked") is None
@@ -159,7 +159,11 @@ def test_text_of_the_model_stays_text(page: Page, file: Path, tmp_path: Path) ->
 def test_nothing_overlaps_or_is_cut_off(page: Page, width: int) -> None:
     page.resize(width, 900)
     assert page.value("document.documentElement.scrollWidth") <= width
+    page.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert page.value(OVERLAPS) == []
+    if width >= 600:
+        scrolls = "[...document.querySelectorAll('.wide')].filter((one) => one.scrollWidth > one.clientWidth).length"
+        assert page.value(scrolls) == 0
 
 
 @needs_chromium

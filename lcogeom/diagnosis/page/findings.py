@@ -23,7 +23,7 @@ def headline(report: Report) -> str:
 
 
 def findings(report: Report) -> str:
-    """A card for each, as ranked."""
+    """A card for each, as ranked; those that followed from another are closed until they are wanted."""
     return "".join(_card(number, finding, report) for number, finding in enumerate(report.findings, 1))
 
 
@@ -42,12 +42,15 @@ def _card(number: int, finding: Finding, report: Report) -> str:
         facts.append(f"at <code>{escaped(finding.where)}</code>")
     if order:
         facts.append(order)
-    return (
-        f'<article class="finding{"" if finding.follows is None else " follows"}" id="finding-{number}">'
-        f'<h3><span class="number">{number}</span> {escaped(finding.cause)}</h3>'
+    title = f'<h3><span class="number">{number}</span> {escaped(finding.cause)}</h3>'
+    body = (
         f'<p class="facts">{" · ".join(facts)}</p><p>{escaped(finding.sentence)}</p>'
-        f'<p class="remedy"><b>Try:</b> {escaped(finding.remedy)}</p>{_evidence(finding)}{_tokens(finding)}</article>'
+        f'<p class="remedy"><b>Try:</b> {escaped(finding.remedy)}</p>{_evidence(finding)}{_tokens(finding)}'
     )
+    if finding.follows is None:
+        return f'<article class="finding" id="finding-{number}">{title}{body}</article>'
+    summary = f'{title} <span class="small">update {finding.update} · {order}</span>'
+    return f'<details class="finding follows" id="finding-{number}"><summary>{summary}</summary>{body}</details>'
 
 
 def _meter(finding: Finding) -> str:
@@ -59,16 +62,16 @@ def _evidence(finding: Finding) -> str:
     if not finding.evidence:
         return ""
     rows = "".join(_fact(one) for one in finding.evidence)
-    head = "<tr><th>what it says</th><th>where</th><th>update</th><th>value</th><th>compared with</th></tr>"
+    head = "<tr><th>what it says</th><th>value</th><th>compared with</th><th>update</th><th>column</th></tr>"
     return f'<div class="wide"><table><caption>Evidence</caption>{head}{rows}</table></div>'
 
 
 def _fact(one: Evidence) -> str:
     update = "all" if one.update is None else str(one.update)
     return (
-        f"<tr><td>{escaped(one.says)}</td><td><code>{escaped(one.table)}.{escaped(one.column)}</code></td>"
-        f'<td class="n">{escaped(update)}</td><td class="n">{escaped(figure(one.value))}</td>'
-        f'<td class="n">{escaped(figure(one.reference))}</td></tr>'
+        f'<tr><td>{escaped(one.says)}</td><td class="n">{escaped(figure(one.value))}</td>'
+        f'<td class="n">{escaped(figure(one.reference))}</td><td class="n">{escaped(update)}</td>'
+        f"<td><code>{escaped(one.table)}.<wbr>{escaped(one.column)}</code></td></tr>"
     )
 
 
