@@ -16,6 +16,7 @@ from lcogeom.diagnosis import Report
 from lcogeom.diagnosis.html import MOST_UPDATES, html_page, write_html
 from lcogeom.diagnosis.page.text import figure, percent, visible
 from lcogeom.diagnosis.page.timelines import MOST_POINTS, thinned
+from lcogeom.diagnosis.page.tokens import SHADES
 from tests.diagnosis.chromium import Page, chromium
 from tests.diagnosis.exploded import AT, HOSTILE, record, report_of
 
@@ -120,6 +121,40 @@ def test_pointing_at_a_token_shows_its_numbers(page: Page, run: lg.Run, place: s
     assert page.value("document.querySelectorAll('.p.lit').length") == 1
     page.point_at("h1")
     assert page.value("document.getElementById('box').style.display") == "none"
+
+
+@needs_chromium
+def test_tokens_are_coloured_by_their_share(page: Page, run: lg.Run) -> None:
+    rows = run.tokens[run.tokens["step"] == AT]
+    squares = rows["weight"] * rows["logit_grad_norm"] ** 2
+    by_sequence = (squares / squares.sum()).groupby(rows["sequence"]).sum().sort_values(ascending=False)
+    shown = page.value(
+        f"[...document.querySelectorAll('#update-{AT} .sequence')].map((line) => [line.firstChild.innerText, "
+        "[...line.querySelectorAll('.t')].map((token) => token.className)])"
+    )
+    assert len(shown) == len(by_sequence)
+    for (said, classes), (name, part) in zip(shown, by_sequence.items(), strict=True):
+        assert said.startswith(f"sequence {name} ")
+        assert said.endswith(percent(part))
+        tokens = rows[rows["sequence"] == name].sort_values("position")
+        for kind, (_, token) in zip(classes, tokens.iterrows(), strict=True):
+            level = int(np.sum(token["logit_grad_norm"] ** 2 / squares.sum() >= np.array(SHADES)))
+            down = -token["d1"] < 0
+            assert kind == f"t {'d' if down else 'u'}{level}" + ("" if token["convex"] else " bent")
+    assert len({kind for _, classes in shown for kind in classes}) > 4
+
+
+@needs_chromium
+def test_markers_of_many_findings_do_not_overlap(run: lg.Run, browser: Page, tmp_path: Path) -> None:
+    first = report_of(run).findings[0]
+    updates = [8, *range(12), 3, 3, 3, 4, 4, 5]
+    write_html(
+        Report("run", 12, tuple(replace(first, update=update) for update in updates), (), ()), run, tmp_path / "x.html"
+    )
+    browser.resize(600, 900)
+    browser.open(tmp_path / "x.html")
+    assert browser.value("document.querySelectorAll('.panel')[0].querySelectorAll('.chip').length") == 12
+    assert browser.value(OVERLAPS) == []
 
 
 @needs_chromium

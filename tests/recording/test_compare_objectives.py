@@ -10,7 +10,7 @@ import transformers
 
 import lcogeom as lg
 from tests.diagnosis.exploded import AT, record
-from tests.small_models import build, loss_of, make_task
+from tests.small_models import build, loss_of, make_task, tell
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,24 @@ def test_what_was_not_recorded_stands_in_and_is_said(
     assert same.grad_cosine == pytest.approx(1)
     assert same.a.grad_norm == pytest.approx(same.b.grad_norm)
     assert same.a.convex_share < same.b.convex_share
+
+
+def test_dropout_is_the_one_of_the_run(tmp_path: Path) -> None:
+    model = build("gpt2", torch.device("cpu")).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    task = make_task(model)
+    with lg.attach(model, optimizer, tmp_path / "run", objective="ppo") as probe:
+        loss = loss_of(model, task, lg.objective("ppo"))
+        tell(probe, task, loss)
+        loss.backward()
+        optimizer.step()
+        with pytest.warns(UserWarning, match="to compare"):
+            probe.dump("to compare")
+    run = lg.load_run(tmp_path / "run")
+    found = lg.compare_objectives(run.black_box()[0].batches, model.eval(), "ppo", "sft").a
+    assert found.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert found.grad_norm == pytest.approx(run.updates["grad_norm"][0], rel=1e-5)
+    assert not model.training
 
 
 def test_bad_input(run: lg.Run, model: transformers.PreTrainedModel, tmp_path: Path) -> None:
