@@ -14,11 +14,8 @@ class Cause:
     what: str
     """What is wrong, in a sentence."""
     remedy: str
-    stage: int
-    """Where in an update it sits: 1 the data, 2 the weights of its tokens, 3 the backward pass, 4 the optimiser's step,
-    5 the policy after it, 6 the arithmetic. Within one update, what sits earlier is the cause of what sits later."""
     brings: tuple[str, ...] = ()
-    """Ids of what may follow, in the same update (at a later stage) or in later ones."""
+    """Ids of what may follow: in the same update, if they come later in CAUSES, or in later ones."""
 
 
 _POLICY = ("entropy-collapse", "logit-drift", "clip-saturation", "no-signal")
@@ -43,7 +40,6 @@ CAUSES: dict[str, Cause] = {
             "Tokens that the policy did not choose, of the prompt or of the padding, are part of the loss.",
             "Check the mask: entry t must be true exactly where input_ids[:, t] was sampled, up to and with the first "
             "end of sequence; multiply per-token losses by it before they are summed, and divide by its sum.",
-            1,
             ("behaviour-mismatch", "loss-scale-jump", *_BROKEN),
         ),
         Cause(
@@ -53,7 +49,6 @@ CAUSES: dict[str, Cause] = {
             "disagree (temperature, precision, weights that were not synchronised, tokens out of line).",
             "Recompute old log-probabilities in the trainer, with the sampler's temperature and its weights; where the "
             "sampler must differ (another engine or precision), correct with truncated importance weights.",
-            1,
             ("ratio-blow-up", "clip-saturation", *_BROKEN),
         ),
         Cause(
@@ -63,7 +58,6 @@ CAUSES: dict[str, Cause] = {
             "update follows it alone.",
             "Look at that reward; normalise advantages within the group or batch, and clip them (at 5 standard "
             "deviations, say); mind groups whose rewards hardly differ, where dividing by their deviation explodes.",
-            1,
             ("dominant-sequence", *_BROKEN),
         ),
         Cause(
@@ -73,7 +67,6 @@ CAUSES: dict[str, Cause] = {
             "momentum, weight decay or a penalty).",
             "Sample harder or easier problems, or more completions for each; check that the reward can be reached and "
             "is not constant; leave out groups without differences (as DAPO does).",
-            1,
             ("optimizer-lag",),
         ),
         Cause(
@@ -83,36 +76,6 @@ CAUSES: dict[str, Cause] = {
             "about their directions did.",
             "Find what the loss is divided by (tokens of the micro-batch or of the update, accumulation steps, the "
             "number of processes) and keep it the same at every update.",
-            2,
-            _BROKEN,
-        ),
-        Cause(
-            "ratio-blow-up",
-            "Probability ratios left the trust region",
-            "At some tokens the policy is many times as likely as it was when they were sampled, and the objective "
-            "multiplies their gradient by that ratio; with a negative advantage no clip holds it.",
-            "Fewer inner epochs or a lower learning rate; clip the ratio on the negative side too (dual_clip=3), or "
-            "use an objective without it (CISPO's truncated weights, LCO).",
-            2,
-            _BROKEN,
-        ),
-        Cause(
-            "negative-rare-token",
-            "Unlikely tokens with negative advantage drive the update",
-            "Pushing an already unlikely token down has no minimum: its gradient does not vanish, and the mass it "
-            "loses goes to whatever was likely. The loss is not convex in the logits there.",
-            "Mask or damp tokens with negative advantage and low probability (CAPO, lower bound on the probability), "
-            "or use an objective that is convex there (LCO).",
-            2,
-            _BROKEN,
-        ),
-        Cause(
-            "dominant-sequence",
-            "One sequence makes most of the gradient",
-            "A single sequence outweighs all others of its batch, beyond what its advantage says.",
-            "Look at its length and weight: average over tokens of the batch rather than within each sequence (or the "
-            "reverse, for one very long sequence), remove duplicates, and clip gradients.",
-            2,
             _BROKEN,
         ),
         Cause(
@@ -122,8 +85,33 @@ CAUSES: dict[str, Cause] = {
             "is made of what is left.",
             "Fewer inner epochs or smaller steps on each rollout; check that old log-probabilities are the sampler's; "
             "widen the bounds only if the ratios are honest.",
-            2,
-            ("no-signal", "dominant-sequence", "optimizer-lag"),
+            ("ratio-blow-up", "no-signal", "dominant-sequence", "optimizer-lag"),
+        ),
+        Cause(
+            "ratio-blow-up",
+            "Probability ratios left the trust region",
+            "At some tokens the policy is many times as likely as it was when they were sampled, and the objective "
+            "multiplies their gradient by that ratio; with a negative advantage no clip holds it.",
+            "Fewer inner epochs or a lower learning rate; clip the ratio on the negative side too (dual_clip=3), or "
+            "use an objective without it (CISPO's truncated weights, LCO).",
+            _BROKEN,
+        ),
+        Cause(
+            "negative-rare-token",
+            "Unlikely tokens with negative advantage drive the update",
+            "Pushing an already unlikely token down has no minimum: its gradient does not vanish, and the mass it "
+            "loses goes to whatever was likely. The loss is not convex in the logits there.",
+            "Mask or damp tokens with negative advantage and low probability (CAPO, lower bound on the probability), "
+            "or use an objective that is convex there (LCO).",
+            _BROKEN,
+        ),
+        Cause(
+            "dominant-sequence",
+            "One sequence makes most of the gradient",
+            "A single sequence outweighs all others of its batch, beyond what its advantage says.",
+            "Look at its length and weight: average over tokens of the batch rather than within each sequence (or the "
+            "reverse, for one very long sequence), remove duplicates, and clip gradients.",
+            _BROKEN,
         ),
         Cause(
             "layer-amplification",
@@ -131,8 +119,15 @@ CAUSES: dict[str, Cause] = {
             "The gradient at the logits is as before, but it grows on its way back through the model at one layer.",
             "Look at that layer: its weights, its normalisation's scale, its learning rate; clip its gradient on its "
             "own, or go back to a checkpoint from before.",
-            3,
             _BROKEN,
+        ),
+        Cause(
+            "precision-loss",
+            "Steps are lost in the weights' rounding",
+            "Most weights do not change, because the step is smaller than the spacing of their number format.",
+            "Keep float32 master weights (train in mixed precision), or round stochastically; a larger learning rate "
+            "hides it only.",
+            ("optimizer-lag",),
         ),
         Cause(
             "optimizer-lag",
@@ -141,7 +136,6 @@ CAUSES: dict[str, Cause] = {
             "divide by a tiny epsilon, or momentum that goes on without a gradient.",
             "Restore the optimiser's state with the weights, or warm the learning rate up after a restart; raise "
             "Adam's epsilon; lower beta2, so that second moments follow the gradient.",
-            4,
             _BROKEN,
         ),
         Cause(
@@ -149,17 +143,7 @@ CAUSES: dict[str, Cause] = {
             "The step is too large",
             "The weights moved so far in one update that the gradient said nothing about where they arrived.",
             "Lower the learning rate or warm it up, and clip the gradient's norm; go back to the checkpoint before.",
-            4,
             ("behaviour-mismatch", *_BROKEN),
-        ),
-        Cause(
-            "precision-loss",
-            "Steps are lost in the weights' rounding",
-            "Most weights do not change, because the step is smaller than the spacing of their number format.",
-            "Keep float32 master weights (train in mixed precision), or round stochastically; a larger learning rate "
-            "hides it only.",
-            4,
-            (),
         ),
         Cause(
             "entropy-collapse",
@@ -167,7 +151,6 @@ CAUSES: dict[str, Cause] = {
             "Entropy fell to almost nothing: samples are all alike, and there is nothing left to compare.",
             "Raise the clip bound for positive advantages, add an entropy bonus or a KL penalty to a reference, "
             "lower the learning rate; sample at a higher temperature.",
-            5,
             ("no-signal", "negative-rare-token", "clip-saturation", "optimizer-lag"),
         ),
         Cause(
@@ -177,7 +160,6 @@ CAUSES: dict[str, Cause] = {
             "digits left for differences.",
             "Add a small z-loss (1e-4 times the squared log normaliser), weight decay on the head, or fix a bias that "
             "pushes all logits alike.",
-            5,
             ("entropy-collapse", "non-finite", "precision-loss"),
         ),
         Cause(
@@ -186,9 +168,9 @@ CAUSES: dict[str, Cause] = {
             "A NaN or an infinity entered the update.",
             "Look at the tensor named, and at lcogeom.replay_batch for the update itself; guard the logarithm, "
             "division or exponential that made it, and skip steps whose gradient is not finite.",
-            6,
             ("no-signal", "precision-loss"),
         ),
     )
 }
-"""Every cause that a finding may have, by id, in the order in which they sit in an update."""
+"""Every cause that a finding may have, by id. Their order is that of an update: the data, the weights of its tokens, the
+backward pass, the optimiser's step, the policy after it. Within one update, what comes earlier is the cause."""

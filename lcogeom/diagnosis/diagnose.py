@@ -11,7 +11,7 @@ from lcogeom.diagnosis.finding import Finding, Report
 from lcogeom.diagnosis.ranking import rank
 from lcogeom.diagnosis.rule_data import advantage_outlier, behaviour_mismatch, no_signal, unmasked_tokens
 from lcogeom.diagnosis.rule_policy import entropy_collapse, logit_drift, non_finite
-from lcogeom.diagnosis.rule_steps import layer_amplification, precision_loss, step_rules
+from lcogeom.diagnosis.rule_steps import layer_amplification, optimizer_lag, precision_loss, step_too_large
 from lcogeom.diagnosis.rule_weights import (
     clip_saturation,
     dominant_sequence,
@@ -34,7 +34,8 @@ RULES: tuple[Callable[[Signals], list[Finding]], ...] = (
     dominant_sequence,
     clip_saturation,
     layer_amplification,
-    step_rules,
+    optimizer_lag,
+    step_too_large,
     precision_loss,
     entropy_collapse,
     logit_drift,

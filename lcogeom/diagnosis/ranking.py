@@ -8,12 +8,14 @@ from dataclasses import replace
 from lcogeom.diagnosis.causes import CAUSES
 from lcogeom.diagnosis.finding import Finding
 
+ORDER = {cause: place for place, cause in enumerate(CAUSES)}
+
 
 def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
     """One finding a cause, the first; what nothing explains before what something does; each group by its update.
 
-    A finding follows another where that may bring it about (`Cause.brings`) and came before it: in an earlier update, or
-    in the same one at an earlier stage. Of several that may have, the first counts.
+    A finding follows another where that may bring it about (`Cause.brings`) and came before it: in an earlier update,
+    or in the same one but earlier in the order of CAUSES. Of several that may have, the first counts.
     """
     earliest: dict[str, Finding] = {}
     for finding in found:
@@ -28,12 +30,9 @@ def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(explained, key=lambda finding: (finding.follows is not None, *_order(finding))))
 
 
-def _order(finding: Finding) -> tuple[int, int, float]:
-    return finding.update, CAUSES[finding.cause].stage, -finding.confidence
+def _order(finding: Finding) -> tuple[int, int]:
+    return finding.update, ORDER[finding.cause]
 
 
 def _brought(one: Finding, other: Finding) -> bool:
-    first, second = CAUSES[one.cause], CAUSES[other.cause]
-    if one is other or second.id not in first.brings:
-        return False
-    return one.update < other.update or (one.update == other.update and first.stage < second.stage)
+    return other.cause in CAUSES[one.cause].brings and _order(one) < _order(other)

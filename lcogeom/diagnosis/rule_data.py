@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding
@@ -20,6 +21,8 @@ APART = 0.03
 """Mean |log r| before any update on a rollout: two engines in bf16 differ by 0.01 to 0.02; PPO's clip is at 0.18."""
 OUTLIER = 4.0
 """Times the largest advantage before. Normalised ones cannot do that: in a batch of n they end at sqrt(n - 1)."""
+LARGEST_GROUP = 16
+"""Completions of one prompt: common sizes are 4 to 16, and a smaller one would make the chance smaller yet."""
 CHANCE = 0.01
 """Of a stretch without signal by bad luck alone, in the whole run."""
 
@@ -72,6 +75,12 @@ def _padding(s: Signals) -> list[Finding]:
         return []
     chosen = np.zeros(len(ids), dtype=bool)
     chosen[order] = (rows > other[sequence]) & (rows > starts[sequence]) & tailed[sequence]
+    logprob, entropy = s.token("logprob"), s.token("entropy")
+    if logprob is not None and entropy is not None:  # a policy that repeats itself is not surprised by it
+        surprise = tokens.mean(-logprob - entropy, chosen)
+        at = first((found > TAILED) & (surprise > SURPRISE))
+        if at is None:
+            return []
     proof = [s.evidence("token_id", at, found[at], 0.0, "of the sequences end in one repeated token", "tokens")]
     sentence = (
         f"At update {s.steps[at]}, {found[at]:.0%} of the sequences end in the same token, repeated: padding is marked "
@@ -130,10 +139,11 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
         log_ratio = np.abs(np.log(ratio))
     apart = tokens.mean(np.where(np.isfinite(log_ratio), log_ratio, np.nan))
     bulk = tokens.median(log_ratio)
-    fresh = tokens.seen_before < 0.01
+    fresh = np.zeros(s.size, dtype=bool) if tokens.again is None else ~tokens.again
     # Minibatches of one rollout have all moved a little by then: as far as earlier ones did, and no step says more.
     before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
     jumped = np.isnan(before.level) | (before.excess > np.log(3))
+    jumped &= ~_stale(apart, fresh)
     found = fresh & (apart > APART) & (bulk > APART / 10) & jumped
     if np.nanmax(np.where(fresh, apart, 0.0), initial=0.0) <= APART:
         return []
@@ -154,6 +164,20 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     first_of_run = s.steps[at] == 0 or (np.isfinite(level) and level < APART / 3)
     chosen = (tokens.update == at) & (log_ratio > APART)
     return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
+
+
+def _stale(apart: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """(U,): whether a sampler that lags behind explains it: the policy has moved on by its usual steps since.
+
+    Then |log r| grows from one rollout to the next by no more than it grows within rollouts, step by step.
+    """
+    last = np.r_[np.nan, apart[:-1]]
+    within = pd.Series(np.where(fresh, np.nan, apart - last)).rolling(8, min_periods=1).median().shift(1)
+    rollout = np.cumsum(fresh)
+    known = pd.Series(np.where(fresh, apart, np.nan))
+    grown = apart - known.shift(1).ffill().fillna(0.0)
+    steps = pd.Series(rollout).groupby(rollout).transform("size").to_numpy()
+    return (within.to_numpy() > 0) & (grown < 1.2 * within.to_numpy() * np.maximum(steps, 1))
 
 
 def advantage_outlier(s: Signals) -> list[Finding]:
@@ -214,7 +238,8 @@ def no_signal(s: Signals) -> list[Finding]:
         zero |= share >= 1
     if not zero.any():
         return []
-    fresh = np.ones(s.size, dtype=bool) if tokens is None else ~(tokens.seen_before > 0.01)
+    fresh = np.ones(s.size, dtype=bool) if tokens is None or tokens.again is None else ~tokens.again
+    by_group = _share_without(s, zero)
     begins = np.flatnonzero(zero & ~np.r_[False, zero[:-1]])
     for at in begins:
         stop = at + int(np.argmin(np.r_[zero[at:], False]))
@@ -222,14 +247,28 @@ def no_signal(s: Signals) -> list[Finding]:
         elsewhere = fresh.copy()
         elsewhere[at:stop] = False
         # Share of rollouts without signal otherwise; one in four of four more where little is known.
-        rate = (np.sum(zero & elsewhere) + 1) / (np.sum(elsewhere) + 4)
-        if length >= 3 and fresh.sum() * rate**length < CHANCE:
+        rate = min((np.sum(zero & elsewhere) + 1) / (np.sum(elsewhere) + 4), by_group)
+        if length >= 2 and fresh.sum() * rate**length < CHANCE:
             break
     else:
         return []
     proof = [s.evidence(column, at, 0.0, None, f"zero at every token for {length} rollouts", "tokens")]
     sentence = (
-        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all (otherwise {rate:.0%} of "
-        "them): all completions score alike, and the updates teach nothing."
+        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all, which chance "
+        f"brings to {rate:.2g} of them: all completions score alike, and the updates teach nothing."
     )
     return [make(s, "no-signal", int(at), 0.95, sentence, proof)]
+
+
+def _share_without(s: Signals, zero: np.ndarray) -> float:
+    """The chance that no group of a rollout has an advantage, from how often single groups have none; 1 if not known."""
+    tokens, advantage = s.tokens, s.token("advantage")
+    if tokens is None or advantage is None:
+        return 1.0
+    size = np.bincount(tokens.sequence, np.abs(np.nan_to_num(advantage)))
+    other = ~zero[tokens.update_of_sequence]
+    without = float((size[other] < 1e-8).mean()) if other.any() else 0.0
+    if without == 0:  # normalised over the batch, not in groups
+        return 1.0
+    sequences = float(np.median(np.bincount(tokens.update_of_sequence, minlength=tokens.count)))
+    return without ** max(1.0, sequences / LARGEST_GROUP)

@@ -25,6 +25,9 @@ class Layers:
     grad_norm: np.ndarray
     update_norm: np.ndarray
     weight_norm: np.ndarray
+    received: np.ndarray
+    """`grad_norm_clipped`."""
+    moved_between: np.ndarray
 
 
 @dataclass(eq=False)
@@ -39,6 +42,8 @@ class Signals:
     tokens: Tokens | None
     layers: Layers | None
     black_box: tuple[BlackBoxEntry, ...] = ()
+    events: tuple[Mapping[str, Any], ...] = ()
+    """`step` and `reason`, of `run.events()`."""
     table: str = "updates"
     """'log' for a plain log."""
     missing: list[Missing] = field(default_factory=list)
@@ -53,6 +58,12 @@ class Signals:
                 values = None if np.isnan(values).all() else values
             self._known[name] = values
         return self._known[name]
+
+    def raw(self, name: str) -> np.ndarray | None:
+        """The same where the column is empty, too: a NaN in it may be a number that was none."""
+        if name not in self.updates:
+            return None
+        return pd.to_numeric(self.updates[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
 
     def token(self, name: str) -> np.ndarray | None:
         """A column of `tokens` (M,), or None."""
@@ -146,7 +157,9 @@ def signals_of(run: Run) -> tuple[Signals, list[str]]:
         warnings.simplefilter("always")
         entries = tuple(run.black_box())
     notes += [str(warning.message) for warning in caught]
-    return Signals(str(run.path), steps, updates, run.meta, tokens, layers_of(run.norms, steps), entries), notes
+    layers = layers_of(run.norms, steps)
+    found = Signals(str(run.path), steps, updates, run.meta, tokens, layers, entries, tuple(run.events()))
+    return found, notes
 
 
 def layers_of(norms: pd.DataFrame, steps: np.ndarray) -> Layers | None:
@@ -169,7 +182,8 @@ def layers_of(norms: pd.DataFrame, steps: np.ndarray) -> Layers | None:
             found[place[there], column[there]] = values[there]
         return found
 
-    return Layers(tuple(names), table("grad_norm"), table("update_norm"), table("weight_norm"))
+    numbers = ("grad_norm", "update_norm", "weight_norm", "grad_norm_clipped", "moved_between")
+    return Layers(tuple(names), *(table(name) for name in numbers))
 
 
 def _plain(value: object) -> float | str | None:

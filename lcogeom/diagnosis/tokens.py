@@ -122,6 +122,15 @@ class Tokens:
         return np.bincount(self.sequence, np.nan_to_num(values, nan=0.0), len(self.update_of_sequence))
 
     @cached_property
+    def again(self) -> np.ndarray | None:
+        """(U,) bool: whether an earlier update was made on the same rollout; None without old log-probabilities."""
+        if self.get("old_logprob") is None or self.get("token_id") is None:
+            return None
+        # Where a sample of the tokens is recorded, two of them share few. Where all are, short answers of a policy that
+        # stands still may repeat to the last bit in a new rollout, but not most of them.
+        return self.seen_before > (0.5 if (self.weight == 1).all() else 0.01)
+
+    @cached_property
     def seen_before(self) -> np.ndarray:
         """(U,): share of the rows whose token and old log-probability were there in an earlier update.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +27,7 @@ from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.rows import UpdateRows
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
+from lcogeom.runs.black_box import write_trigger
 from lcogeom.runs.columns import NOTED
 from lcogeom.runs.store import RunWriter
 
@@ -215,6 +218,7 @@ class Probe:
             updates since the last flush only process 0's tokens are written. The black box has a last look.
         """
         if failed:
+            self._note_why()
             self._ranks = self._rows.ranks = replace(self._ranks, size=1)
             if self._black_box is not None:
                 self._black_box.stopped(self._step)
@@ -229,6 +233,15 @@ class Probe:
             self._writer.close()
             if self._black_box is not None:
                 self._black_box.remove()
+
+    def _note_why(self) -> None:
+        """The exception that ends training goes to the list of events: it may name what no row holds."""
+        error = sys.exception()
+        if error is None or self._ranks.rank:
+            return
+        reason = f"training raised {type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            write_trigger(self.path, {"step": self._step, "reason": reason, "dumped": False})
 
     def __enter__(self) -> Probe:
         return self
