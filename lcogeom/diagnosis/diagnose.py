@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from lcogeom.diagnosis.rule_weights import (
     ratio_blow_up,
 )
 from lcogeom.diagnosis.signals import Signals, signals_of
-from lcogeom.runs import Run, load_run
+from lcogeom.runs import Run, glossary, load_run
+from lcogeom.runs.columns import schema
 
 SPIKE, SURE = np.log(10.0), 5.0
 """Of a gradient that is worth a note: times its median before (the black box's own trigger), and in scatters of it."""
@@ -63,17 +65,20 @@ def diagnose(run: Run | str | Path) -> Report:
         ValueError: it holds no update, or several runs; a file that is no log of a training run.
     """
     if isinstance(run, Run):
-        signals, notes = signals_of(run)
+        tables = run
     elif Path(run).is_file():
         from lcogeom.diagnosis.logs import read_log
 
         signals, notes = read_log(Path(run))
+        tokens, norms = (schema(table).empty_table().to_pandas() for table in ("tokens", "norms"))
+        tables = Run(Path(run), signals.meta, signals.updates, tokens, norms, glossary(), ())
+        return replace(report_of(signals, notes), run=tables)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is damaged is told in the report's notes
-            loaded = load_run(run)
-        signals, notes = signals_of(loaded)
-    return report_of(signals, notes)
+            tables = load_run(run)
+    signals, notes = signals_of(tables)
+    return replace(report_of(signals, notes), run=tables)
 
 
 def report_of(signals: Signals, notes: list[str]) -> Report:
@@ -94,7 +99,8 @@ def _unexplained(signals: Signals) -> list[str]:
     at = first((known.excess > SPIKE) & (known.score > SURE))
     if at is None:
         return []
+    times = np.exp(known.excess[at])
     return [
-        f"at update {signals.steps[at]} the gradient's norm is {gradient[at]:.3g}, {np.exp(known.excess[at]):.3g} times "
-        "its median before, and nothing that was recorded says why"
+        f"at update {signals.steps[at]} the gradient's norm is {gradient[at]:.3g}, {times:.3g} times its median before, "
+        "and nothing that was recorded says why"
     ]
