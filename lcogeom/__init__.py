@@ -13,6 +13,7 @@ from lcogeom.curvature import (
     hvp,
     model_hessian,
 )
+from lcogeom.diagnosis import CAUSES, Comparison, Finding, Report, compare, diagnose
 from lcogeom.geometry import (
     Cosines,
     ExtremeEigenvalues,
@@ -54,21 +55,32 @@ from lcogeom.objectives import (
     objective,
     objective_names,
 )
-from lcogeom.recording import Probe, ReplayedBatch, TapError, attach, replay_batch
+from lcogeom.recording import (
+    ObjectiveComparison,
+    Probe,
+    ReplayedBatch,
+    TapError,
+    attach,
+    compare_objectives,
+    replay_batch,
+)
 from lcogeom.runs import BlackBoxEntry, NonFinite, RecordedBatch, Run, Sketches, load_run
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAUSES",
     "ActionObjective",
     "AdamState",
     "AuditReport",
     "AutogradObjective",
     "BlackBoxEntry",
     "Choice",
+    "Comparison",
     "Cosines",
     "CurvatureTerms",
     "ExtremeEigenvalues",
+    "Finding",
     "GradientCosines",
     "Guarded",
     "Intervention",
@@ -78,9 +90,11 @@ __all__ = [
     "ModelHessian",
     "NonFinite",
     "Objective",
+    "ObjectiveComparison",
     "Probe",
     "RecordedBatch",
     "ReplayedBatch",
+    "Report",
     "RouteCheck",
     "RouteError",
     "Run",
@@ -97,7 +111,10 @@ __all__ = [
     "audit_step",
     "autograd_objective",
     "check_hvp",
+    "compare",
+    "compare_objectives",
     "cosine",
+    "diagnose",
     "directionality",
     "extreme_eigenvalues",
     "flat_matvec",

@@ -146,7 +146,8 @@ def signals_of(run: Run) -> tuple[Signals, list[str]]:
         notes.append(f"updates {steps[place] + 1} to {steps[place + 1] - 1} are missing")
     known = {(row.table, row.name) for row in run.columns[["table", "name"]].itertuples(index=False)}
     for table, frame in (("updates", run.updates), ("tokens", run.tokens), ("norms", run.norms)):
-        labels = set(run.meta.get("labels") or {}) if isinstance(run.meta.get("labels"), Mapping) else set()
+        own = run.meta.get("labels")
+        labels = set(own) if isinstance(own, Mapping) else set()
         strange = [str(name) for name in frame.columns if (table, name) not in known and name not in labels]
         if strange:
             notes.append(f"columns of {table} that are not the recorder's were not read: {', '.join(sorted(strange))}")

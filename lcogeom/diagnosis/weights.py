@@ -12,8 +12,8 @@ from lcogeom.diagnosis.signals import Signals
 
 SMALL = 1e-12
 TIGHT = 0.02
-"""Scatter of its logarithm within a sequence (median absolute deviation) below which a form is believed: true ones leave
-the rounding of the slopes, 1e-6 in float32 and 1e-2 in bf16."""
+"""Scatter of its logarithm within a sequence (median absolute deviation) below which a form is believed: true ones
+leave the rounding of the slopes, 1e-6 in float32 and 1e-2 in bf16."""
 MISFIT = 0.05
 """From here on the recorder does not trust the slope, either."""
 ROWS = 200_000
