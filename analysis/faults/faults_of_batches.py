@@ -61,7 +61,7 @@ def tiny_deviation(size: float) -> Places:
 
 
 @way("advantage-outlier", "token-value-wrong", "held-out", "a critic's value is far off at one token", 100, 1000,
-     objectives=SIGNED, rollout=True)  # fmt: skip
+     objectives=SIGNED, rollout=True, plain=True)  # fmt: skip
 def token_value(size: float) -> Places:
     def shift(advantages: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
@@ -229,4 +229,4 @@ def all_negative(size: float) -> Places:
 @way("negative-rare-token", "hot-sampler", "held-out", "the sampler is far too hot, its errors are punished unclipped",
      3, 6, objectives=("reinforce",), rollout=True)  # fmt: skip
 def hot_sampler(size: float) -> Places:
-    return {"temperature": lambda *_: size}
+    return {"temperature": lambda *_: float(size)}

@@ -222,7 +222,7 @@ def never_renewed(_: float) -> Places:
 @way("ratio-blow-up", "demonstrations", "tuning",
      "tokens that the policy never samples are rewarded for many inner epochs, unclipped", 4, 8, objectives=RATIO,
      setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True, from_start=True,
-     always=True, seen=(1, 8), until=("ratio_max", 20.0))  # fmt: skip
+     always=True, seen=(1, 8), until=("ratio_max", 5.0))  # fmt: skip
 def demonstrations(size: float) -> Places:
     def swap(samples: list[Sample], now: Now) -> list[Sample]:
         return forced(samples, now, list(range(int(size))))
@@ -237,7 +237,7 @@ def demonstrations(size: float) -> Places:
 @way("ratio-blow-up", "inverted-reward", "held-out",
      "wrong answers are rewarded: rare actions grow for many inner epochs, unclipped", 2, 4, objectives=RATIO,
      setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True, from_start=True,
-     always=True, seen=(1, 8), until=("ratio_max", 20.0))  # fmt: skip
+     always=True, seen=(1, 8), until=("ratio_max", 5.0))  # fmt: skip
 def inverted(size: float) -> Places:
     return {"advantages": lambda advantages, _: size * advantages.clamp(max=0).abs()}
 
@@ -245,7 +245,7 @@ def inverted(size: float) -> Places:
 @way("ratio-blow-up", "stale-rollout", "held-out",
      "from here on the rollout is never renewed and its updates are not clipped", 1.5e-4, 3e-4, objectives=RATIO,
      setup=lambda rate: UNCLIPPED | {"updates": 36, "learning_rate": rate}, seen=(1, 10), rollout=True,
-     until=("ratio_max", 20.0))  # fmt: skip
+     until=("ratio_max", 5.0))  # fmt: skip
 def stale_rollout(_: float) -> Places:
     return {"renew": lambda *_: False}
 
@@ -258,7 +258,7 @@ def slow(rate: float) -> dict[str, object]:
     return {"learning_rate": rate, "warmup": 8, "updates": 100}
 
 
-STEADY = ("sft", "lco-kld")
+STEADY = ("lco-kld", "lco-mse")
 """Objectives that have a signal even where a ruined policy is never right; the others would end with none."""
 COLLAPSE = {"from_start": True, "always": True, "until": ("entropy", 0.3)}
 
@@ -294,7 +294,7 @@ def sharpened(_: float) -> Places:
 
 
 @way("entropy-collapse", "one-token-pays", "held-out", "the reward is hacked: one digit is paid for, whatever is asked",
-     5e-4, 8e-4, objectives=SIGNED, setup=slow, rollout=True, **COLLAPSE)  # fmt: skip
+     5e-4, 8e-4, objectives=SIGNED, setup=slow, rollout=True, plain=True, **COLLAPSE)  # fmt: skip
 def one_token_pays(_: float) -> Places:
     def pay(_: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
@@ -310,7 +310,7 @@ def one_token_pays(_: float) -> Places:
 @way("ratio-blow-up", "sampler-not-synced", "tuning",
      "from here on the sampler keeps its weights, its log-probabilities are its own, nothing is clipped", 2e-4, 4e-4,
      objectives=RATIO, setup=lambda rate: UNCLIPPED | {"updates": 40, "learning_rate": rate}, seen=(1, 10),
-     rollout=True, until=("ratio_max", 20.0), also=("behaviour-mismatch",))  # fmt: skip
+     rollout=True, until=("ratio_max", 5.0), also=("behaviour-mismatch",))  # fmt: skip
 def sampler_not_synced(_: float) -> Places:
     def swap_in(_: object, now: Now) -> None:
         if now.step % now.setup.inner_epochs:

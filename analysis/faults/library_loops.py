@@ -61,9 +61,9 @@ def made_for(setup: Setup, loaded: LoadedModel, *, seed: int, at: Mapping[str, A
     options: dict[str, object] = {"beta": 0.0} if setup.objective == "grpo" else {}
     objective = lg.objective(setup.objective, **{**options, **setup.options})
     nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # until the trainer has made its own
-    return Places(
-        Now(setup, loaded.model, nothing, loaded.tokenizer, objective, torch.Generator().manual_seed(seed)), at, first
-    )
+    now = Now(setup, loaded.model, nothing, loaded.tokenizer, objective, torch.Generator().manual_seed(seed))
+    now.start = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    return Places(now, at, first)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,9 @@ def make(out: Path, name: str, half: str) -> None:
     at = {} if case.way is None else case.way.make(case.size)
     try:
         RUN[case.loop](case.setup, folder / "run", seed=case.seed, cache=out / "models", at=at, first=case.first)
-    except Exception as raised:  # a fault may well stop a loop
+    except Exception as raised:
+        if case.way is None or case.way.cause != "non-finite":  # whose faults may well stop a loop
+            raise
         error = f"{type(raised).__name__}: {raised}"
         (folder / "error.txt").write_text(traceback.format_exc())
     record = case.record()
