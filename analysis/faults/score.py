@@ -219,4 +219,6 @@ if __name__ == "__main__":
             "transformers": transformers.__version__,
             "lcogeom": lg.__version__,
         }
-        RESULTS.write_text(json.dumps({"about": about, "summary": found, "rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        start = f'"about": {json.dumps(about)},\n"summary": {json.dumps(found)}'
+        RESULTS.write_text(f'{{{start},\n"rows": [\n{lines}\n]}}\n')
