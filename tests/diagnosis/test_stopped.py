@@ -16,17 +16,19 @@ def test_what_training_raised_is_in_the_folder(tmp_path: Path, device: torch.dev
     model = build("llama", device)
     task, objective = make_task(model), lg.objective("ppo")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    with (
-        pytest.raises(ValueError, match="old_logprobs: NaN"),
-        lg.attach(model, optimizer, run=tmp_path / "run", objective=objective) as probe,
-    ):
-        for update in range(4):
-            if update == 3:
-                task.old_logprobs[task.mask] = torch.nan
-            tell(probe, task)
-            optimizer.zero_grad()
-            loss_of(model, task, objective).backward()
-            optimizer.step()
+
+    def loop() -> None:
+        with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective) as probe:
+            for update in range(4):
+                if update == 3:
+                    task.old_logprobs[task.mask] = torch.nan
+                tell(probe, task)
+                optimizer.zero_grad()
+                loss_of(model, task, objective).backward()
+                optimizer.step()
+
+    with pytest.raises(ValueError, match="old_logprobs: NaN"):
+        loop()
     run = lg.load_run(tmp_path / "run")
     assert len(run.updates) == 3
     [event] = run.events()
