@@ -221,7 +221,7 @@ def punished(size: float) -> Places:
 @way("negative-rare-token", "all-negative", "held-out",
      "only wrong answers are kept, A = -1, one rollout for many updates, no clip", 1, 3, objectives=("reinforce",),
      rollout=True, seen=(0, 8), setup={"inner_epochs": 24, "learning_rate": 1.5e-4, "updates": 24},
-     from_start=True)  # fmt: skip
+     from_start=True, always=True)  # fmt: skip
 def all_negative(size: float) -> Places:
     return {"advantages": lambda advantages, _: torch.full_like(advantages, -size)}
 
@@ -229,4 +229,8 @@ def all_negative(size: float) -> Places:
 @way("negative-rare-token", "hot-sampler", "held-out", "the sampler is far too hot, its errors are punished unclipped",
      3, 6, objectives=("reinforce",), rollout=True)  # fmt: skip
 def hot_sampler(size: float) -> Places:
-    return {"temperature": lambda *_: float(size)}
+    def punish(advantages: Tensor, now: Now) -> Tensor:
+        assert now.rewards is not None
+        return (2 * now.rewards.to(advantages) - 1)[:, None].expand_as(advantages)
+
+    return {"temperature": lambda *_: float(size), "advantages": punish}

@@ -9,7 +9,7 @@ from plain_loop import Alter, Now
 from torch import Tensor
 
 import lcogeom as lg
-from lcogeom.training.rollout import Sample
+from lcogeom.training.rollout import Sample, generate
 
 Places = dict[str, Alter]
 UNCLIPPED: dict[str, object] = {"options": {"clip_low": None, "clip_high": None}}
@@ -243,8 +243,8 @@ def inverted(size: float) -> Places:
 
 
 @way("ratio-blow-up", "stale-rollout", "held-out",
-     "from here on the rollout is never renewed and its updates are not clipped", 1.5e-4, 3e-4, objectives=RATIO,
-     setup=lambda rate: UNCLIPPED | {"updates": 36, "learning_rate": rate}, seen=(1, 10), rollout=True,
+     "from here on the rollout is never renewed and its updates are not clipped", 4e-4, 6e-4, objectives=RATIO,
+     setup=lambda rate: UNCLIPPED | {"updates": 48, "learning_rate": rate}, seen=(1, 10), rollout=True,
      until=("ratio_max", 5.0))  # fmt: skip
 def stale_rollout(_: float) -> Places:
     return {"renew": lambda *_: False}
@@ -258,8 +258,8 @@ def slow(rate: float) -> dict[str, object]:
     return {"learning_rate": rate, "warmup": 8, "updates": 100}
 
 
-STEADY = ("lco-kld", "lco-mse")
-"""Objectives that have a signal even where a ruined policy is never right; the others would end with none."""
+STEADY = ("lco-kld",)
+"""It has a signal even where a ruined policy is never right; the others would end with none."""
 COLLAPSE = {"from_start": True, "always": True, "until": ("entropy", 0.3)}
 
 
@@ -281,16 +281,15 @@ def own_favourites(_: float) -> Places:
     return {"temperature": lambda *_: 0.3, "advantages": lambda advantages, _: torch.ones_like(advantages)}
 
 
-@way("entropy-collapse", "sharpened", "held-out", "the policy imitates its own most likely tokens", 7e-4, 1e-3,
-     objectives=STEADY, setup=slow, plain=True, **COLLAPSE)  # fmt: skip
-def sharpened(_: float) -> Places:
-    def imitate(loss: Tensor, now: Now) -> Tensor:
-        assert now.logits is not None
-        assert now.sequences is not None
-        logp = torch.log_softmax(now.logits[now.sequences.action_mask], 1)
-        return loss - 4.0 * logp.max(1).values.mean()
+@way("entropy-collapse", "self-distilled", "held-out", "supervised training on nearly greedy samples of one's own",
+     1e-3, 1.3e-3, objectives=("sft",), setup=lambda rate: slow(rate) | {"updates": 150},
+     rollout=True, plain=True, **COLLAPSE)  # fmt: skip
+def self_distilled(_: float) -> Places:
+    def own(samples: list[Sample], now: Now) -> list[Sample]:
+        problems = [sample.problem for sample in samples]
+        return generate(now.model, now.tokenizer, problems, max_new_tokens=5, seed=now.step, temperature=0.3)
 
-    return {"loss": imitate}
+    return {"samples": own}
 
 
 @way("entropy-collapse", "one-token-pays", "held-out", "the reward is hacked: one digit is paid for, whatever is asked",

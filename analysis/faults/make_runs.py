@@ -43,6 +43,8 @@ def make(out: Path, name: str, half: str) -> None:
     folder.mkdir(parents=True)
     began, error = time.monotonic(), None
     at = {} if case.way is None else case.way.make(case.size)
+    if case.way is not None and case.first + case.way.seen[0] >= case.setup.updates:
+        raise ValueError(f"{case.name}: the run ends before its fault can be seen; give it more updates.")
     try:
         RUN[case.loop](case.setup, folder / "run", seed=case.seed, cache=out / "models", at=at, first=case.first)
     except Exception as raised:
@@ -66,7 +68,9 @@ def past(run: Path, column: str, bound: float) -> int:
         there = values.rolling(3, min_periods=1).mean() < bound * values.iloc[:5].mean()
     else:
         there = values > bound
-    return int(values.index[there][0]) if there.any() else int(values.index[-1])
+    if not there.any():
+        raise ValueError(f"{run}: the fault left no trace, {column} is never past {bound}; make it stronger.")
+    return int(values.index[there][0])
 
 
 def cases() -> list[Case]:
