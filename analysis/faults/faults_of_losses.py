@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from catalogue import RATIO, once, way
 from faults_of_batches import forced
-from plain_loop import Alter, Now
+from plain_loop import Alter, Now, logprobs_of, shifted_logits
 from torch import Tensor
 
 import lcogeom as lg
@@ -242,12 +242,17 @@ def inverted(size: float) -> Places:
     return {"advantages": lambda advantages, _: size * advantages.clamp(max=0).abs()}
 
 
-@way("ratio-blow-up", "stale-rollout", "held-out",
-     "from here on the rollout is never renewed and its updates are not clipped", 4e-4, 6e-4, objectives=RATIO,
-     setup=lambda rate: UNCLIPPED | {"updates": 48, "learning_rate": rate}, seen=(1, 10), rollout=True,
-     until=("ratio_max", 5.0))  # fmt: skip
-def stale_rollout(_: float) -> Places:
-    return {"renew": lambda *_: False}
+@way("ratio-blow-up", "novelty-bonus", "held-out",
+     "a hot sampler's rare tokens get a bonus for being rare, for many inner epochs, unclipped", 1.5, 2.0,
+     objectives=RATIO, setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True,
+     always=True, seen=(1, 8), until=("ratio_max", 5.0), plain=True)  # fmt: skip
+def novelty_bonus(size: float) -> Places:
+    def novelty(_: Tensor, now: Now) -> Tensor:
+        assert now.sequences is not None
+        with torch.no_grad():
+            return (-logprobs_of(shifted_logits(now), now.sequences.input_ids)).clamp(max=2.0)
+
+    return {"temperature": lambda *_: size, "advantages": novelty}
 
 
 # entropy-collapse -----------------------------------------------------------------------------------------------------

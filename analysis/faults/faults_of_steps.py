@@ -45,7 +45,7 @@ def restart(size: float) -> Places:
 
 
 @way("step-too-large", "sgd-unclipped", "held-out", "SGD without clipping, and a learning rate meant for Adam's units",
-     30, 200, setup={"optimizer": "sgd", "learning_rate": 3e-3, "clip_norm": None})  # fmt: skip
+     300, 2000, setup={"optimizer": "sgd", "learning_rate": 3e-4, "clip_norm": None})  # fmt: skip
 def sgd_unclipped(size: float) -> Places:
     return {"rate": lambda rate, _: rate * size}
 

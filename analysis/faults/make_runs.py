@@ -1,4 +1,4 @@
-"""Make the bench's run folders, each once.
+"""Make the bench's run folders, each once, and again where the catalogue has changed.
 
 python analysis/faults/make_runs.py OUT [--half tuning] [--only TEXT] [--workers 1]
 """
@@ -54,20 +54,32 @@ def make(out: Path, name: str, half: str) -> None:
         (folder / "error.txt").write_text(traceback.format_exc())
     record = case.record()
     if case.way is not None and case.way.until is not None:
-        record["seen"] = [record["seen"][0], past(folder / "run", *case.way.until)]
+        record["seen"] = [record["seen"][0], past(folder / "run", case.first, *case.way.until)]
     record |= {"error": error, "seconds": time.monotonic() - began}
     unfinished = folder / ".fault.json"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(unfinished, folder / "fault.json")
 
 
-def past(run: Path, column: str, bound: float) -> int:
+def made(folder: Path, case: Case) -> bool:
+    """Whether the run is there, of the case as the catalogue has it now."""
+    file = folder / "fault.json"
+    if not file.exists():
+        return False
+    there, wanted = json.loads(file.read_text()), json.loads(json.dumps(case.record()))
+    gradual = case.way is not None and case.way.until is not None  # its window was read off the run
+    return all(there.get(key) == value for key, value in wanted.items() if not (gradual and key == "seen"))
+
+
+def past(run: Path, first: int, column: str, bound: float) -> int:
     """The first update at which a column is past a bound: above it, or, the entropy, that share of its first mean."""
     values = lg.load_run(run).updates.set_index("step")[column].astype(float)
     if column == "entropy":
         there = values.rolling(3, min_periods=1).mean() < bound * values.iloc[:5].mean()
     else:
         there = values > bound
+    if there.loc[: first - 1].any():
+        raise ValueError(f"{run}: {column} is past {bound} before the fault; the loop is not healthy without it.")
     if not there.any():
         raise ValueError(f"{run}: the fault left no trace, {column} is never past {bound}; make it stronger.")
     return int(values.index[there][0])
@@ -85,7 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
     wanted = [case for case in cases() if arguments.half in (None, case.half) and arguments.only in case.name]
-    missing = [case for case in wanted if not (folder_of(arguments.out, case) / "fault.json").exists()]
+    missing = [case for case in wanted if not made(folder_of(arguments.out, case), case)]
     with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(make, arguments.out, case.name, case.half) for case in missing]
         for job in track(jobs, "runs", console=Console(stderr=True)):
