@@ -5,7 +5,7 @@
     (40 minutes on 2 cores: two worker processes with one thread each)
 
 `tiny` on one-digit and on two-digit addition: seven methods, as many completions for each (gold answers for SFT), the
-learning rate of each method the same on a task. SmolLM2 on one-digit products: LCO-KLD and GRPO, by the presets'
+learning rate of each method the same on a task, but for GENTLER's. SmolLM2 on one-digit products: LCO-KLD and GRPO, by the presets'
 settings. Held-out reward: accuracy of sampled completions of problems that training never draws. Runs that are there
 already are not made again. Printed: means over seeds with Student's 95 %
 interval, for the difference of each seed as well. The table holds one row per run and evaluation, for
@@ -34,12 +34,14 @@ from lcogeom.training import override, preset
 METHODS = ("sft", "reinforce", "ppo", "grpo", "lco-kld", "lco-mse", "lco-lch")
 TASKS = {
     "addition-1": ["updates=100", "learning_rate=1e-4", "held_out_samples=20"],
-    # Two digits learn slowly: constant rates left GRPO at .58 to .61 of .55, this one took it to .64 in 160 updates.
+    # Two digits learn slowly: constant rates left GRPO at .58 to .61 of .55.
     "addition-2": [
         *("updates=120", "inner_epochs=1", "prompts=32", "held_out_samples=4"),
         *("learning_rate=6e-4", "warmup=0.2", "schedule=linear"),
     ],
 }
+# At 6e-4 both fell to a reward of 0 (seed 0); 2e-4 was chosen on a seed that the table does not hold (1e-4 was slower).
+GENTLER = {("addition-2", method): "learning_rate=2e-4" for method in ("lco-mse", "lco-lch")}
 PRODUCTS = "products"
 SMOLLM2_METHODS = ("grpo", "lco-kld")
 WORKERS = 2
@@ -58,6 +60,7 @@ def make(runs: Path, task: str, method: str, seed: int) -> None:
     changes = ["sketch=0", "tokens_per_update=64", f"seed={seed}"]
     if task != PRODUCTS:
         changes += [f"task={task}", *TASKS[task], "evaluate_every=10"]
+        changes += [GENTLER[task, method]] if (task, method) in GENTLER else []
     settings = override(preset(f"{'smollm2' if task == PRODUCTS else 'tiny'}-{method}"), changes)
     run = folder(runs, task, method, seed)
     train(settings, run, resume=run.exists(), labels={"variant": method})
