@@ -5,11 +5,10 @@
     (40 minutes on 2 cores: two worker processes with one thread each)
 
 `tiny` on one-digit and on two-digit addition: seven methods, as many completions for each (gold answers for SFT), the
-learning rate of each method the same on a task, but for GENTLER's. SmolLM2 on one-digit products: LCO-KLD and GRPO, by the presets'
-settings. Held-out reward: accuracy of sampled completions of problems that training never draws. Runs that are there
-already are not made again. Printed: means over seeds with Student's 95 %
-interval, for the difference of each seed as well. The table holds one row per run and evaluation, for
-figures/training.py.
+learning rate of each method the same on a task, but for GENTLER's. SmolLM2 on one-digit products: LCO-KLD and GRPO, by
+the presets' settings. Held-out reward: accuracy of sampled completions of problems that training never draws. Runs
+that are there already are not made again. Printed: means over seeds with Student's 95 % interval, for the difference
+of each seed as well. The table holds one row per run and evaluation, for figures/training.py.
 """
 
 from __future__ import annotations
