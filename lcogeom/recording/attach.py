@@ -129,6 +129,8 @@ def attach(
         "model": type(model).__name__,
         "vocabulary": vocabulary,
         "optimizer": type(optimizer).__name__,
+        "optimizer_options": _plain(optimizer.defaults),
+        "weights": _weights(optimizer),
         "tap": tap,
         "temperature": temperature,
         "tokens_per_update": tokens_per_update,
@@ -182,6 +184,17 @@ def _writer(
     finally:
         ranks.told_by_first(None if writer is None else writer.next_update)
     return writer
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """dtype -> how many numbers of it are trained."""
+    found: dict[str, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                name = str(parameter.dtype).removeprefix("torch.")
+                found[name] = found.get(name, 0) + parameter.numel()
+    return found
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

@@ -51,6 +51,7 @@ class GradientMeter:
                 "optimizer: it updates none of this model's trainable parameters. Pass the pair that trains."
             )
         self._ranks = ranks or Ranks()
+        self._optimizer = optimizer
         sketcher = None
         if sketch:
             layers = [layer_of(name) for name in self._names]
@@ -65,6 +66,7 @@ class GradientMeter:
         self._scaler = scaler
         self._scale: Tensor | None = None
         self._norms: Tensor | None = None
+        self._received: Tensor | None = None
         self._present: list[bool] = []
         self._audited: list[Tensor] = []
 
@@ -82,6 +84,9 @@ class GradientMeter:
     def before_step(self, audited: bool = False) -> dict[str, Tensor]:
         """Norms of the gradient, and its cosine with the last one. audited: the weights are kept for the audit."""
         found: dict[str, Tensor] = {}
+        rate = self._optimizer.param_groups[0].get("lr")
+        if rate is not None:
+            found["learning_rate"] = torch.as_tensor(rate, dtype=torch.float64).detach().clone()
         with torch.no_grad():
             if audited:
                 self._audited = [parameter.detach().clone() for parameter in self._parameters]
@@ -125,6 +130,7 @@ class GradientMeter:
                 found["grad_norm"] = before.sum().sqrt()
                 if len(attention):
                     found["qkv_mean_frobenius"] = attention.sqrt().mean()
+            self._received = clipped.sqrt() if scaling is not None else self._ranks.total(clipped).sqrt()
             self._present = [gradient is not None for gradient in gradients]
             return found
 
@@ -141,15 +147,17 @@ class GradientMeter:
     def after_step(self) -> tuple[dict[str, Tensor], dict[str, list[object]], list[StoredSketch]]:
         """(norm of the step and its cosine with -gradient, rows of the norms table without their step, sketches)."""
         with torch.no_grad():
-            found = StepFound({}, {}, []) if self._steps is None else self._steps.after()
+            found = StepFound({}, {}, {}, {}, []) if self._steps is None else self._steps.after()
             rows: dict[str, list[object]] = defaultdict(list)
             for key, members in self._members.items():
                 there = [place for place in members if self._present[place]]
                 rows["scope"].append(key[0])
                 rows["name"].append(key[1])
-                norms = self._norms
-                rows["grad_norm"].append(None if norms is None or not there else norms[there].square().sum().sqrt())
+                for column, norms in (("grad_norm", self._norms), ("grad_norm_clipped", self._received)):
+                    rows[column].append(None if norms is None or not there else norms[there].square().sum().sqrt())
                 rows["update_norm"].append(found.squares[key].sqrt() if key in found.squares else None)
+                rows["weight_norm"].append(found.weights[key].sqrt() if key in found.weights else None)
+                rows["moved_between"].append(found.between[key].sqrt() if key in found.between else None)
         return found.values, rows, found.sketches
 
 

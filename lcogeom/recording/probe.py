@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +27,7 @@ from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.rows import UpdateRows
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
+from lcogeom.runs.black_box import write_trigger
 from lcogeom.runs.columns import NOTED
 from lcogeom.runs.store import RunWriter
 
@@ -101,6 +104,7 @@ class Probe:
         self._losses: list[Tensor] = []
         self._summed = False
         self._mismatches: list[Tensor] = []
+        self._inside: list[Tensor] = []
         self._sequences = 0
         self._completion_tokens = 0
         self._backwards = 0
@@ -214,6 +218,7 @@ class Probe:
             updates since the last flush only process 0's tokens are written. The black box has a last look.
         """
         if failed:
+            self._note_why()
             self._ranks = self._rows.ranks = replace(self._ranks, size=1)
             if self._black_box is not None:
                 self._black_box.stopped(self._step)
@@ -228,6 +233,15 @@ class Probe:
             self._writer.close()
             if self._black_box is not None:
                 self._black_box.remove()
+
+    def _note_why(self) -> None:
+        """The exception that ends training goes to the list of events: it may name what no row holds."""
+        error = sys.exception()
+        if error is None or self._ranks.rank:
+            return
+        reason = f"training raised {type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            write_trigger(self.path, {"step": self._step, "reason": reason, "dumped": False})
 
     def __enter__(self) -> Probe:
         return self
@@ -274,6 +288,8 @@ class Probe:
         # Chosen before anything is copied: of logits, all tokens' rows may not fit a second time.
         at = place - 1 - kept
         sizes = gradient.abs().float() if gradient.ndim == 2 else _norm_of_rows(gradient)
+        if batch is not None and batch.mask is not None:
+            self._inside.append(_inside(sizes, sequence, at))
         [(rows, weight)] = choose([sizes[sequence, at]], self._budget, self._rng)
         sequence, place, at = sequence[rows], place[rows], at[rows]
         actions = ids[sequence, place]
@@ -342,7 +358,7 @@ class Probe:
                 f"update {self._step}: gradients were thrown away without a step (a loss scaler does so when they "
                 "overflow); the recorder forgot their tokens as well."
             )
-            self._candidates, self._measured, self._mismatches = [], [], []
+            self._candidates, self._measured, self._mismatches, self._inside = [], [], [], []
             if self._black_box is not None:
                 self._black_box.forget()
             self._losses = self._losses[-1:] if self._batches else []
@@ -401,11 +417,12 @@ class Probe:
                 "losses": self._losses,
                 "summed": self._summed,
                 "mismatches": self._mismatches,
+                "inside": self._inside,
                 "tokens": self._completion_tokens,
                 "sequences": self._sequences,
             }
         )
-        self._measured, self._losses, self._mismatches = [], [], []
+        self._measured, self._losses, self._mismatches, self._inside = [], [], [], []
         self._batches, self._noted = [], {}
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
@@ -419,6 +436,12 @@ class Probe:
 
 def _norm_of_rows(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+
+
+def _inside(sizes: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
+    """(2,) float64: squared norm of the gradient at the completion tokens, and everywhere."""
+    squares = sizes.double().square()
+    return torch.stack([squares[sequence, place].sum(), squares.sum()])
 
 
 def _size(columns: Columns) -> Tensor:

@@ -75,6 +75,7 @@ class UpdateRows:
             "objective": None if self._objective is None else self._objective.name,
             "loss": seen.loss,
             "tokens": seen.count,
+            "outside_share": seen.outside_share,
             **{name: float(value) for name, value in update["values"].items()},
             **summarise(tokens),
         }

@@ -27,6 +27,8 @@ class Seen:
     """Completion tokens."""
     mismatch: bool
     """Whether batch() was given other input ids than the model saw."""
+    outside_share: float | None
+    """Of the squared norm of the gradient; None where no completion tokens were marked."""
 
 
 def together(ranks: Ranks, update: Mapping[str, Any]) -> Seen:
@@ -34,14 +36,16 @@ def together(ranks: Ranks, update: Mapping[str, Any]) -> Seen:
     losses = [float(loss) for loss in update["losses"]]
     loss = sum(losses) / (1 if update["summed"] else len(losses)) if losses else None
     mismatch = any(bool(found) for found in update["mismatches"])
+    inside, everywhere = torch.stack(update["inside"]).sum(0).tolist() if update["inside"] else (0.0, 0.0)
     parts = update["measured"]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if ranks.size == 1:
         tokens = {name: column.cpu().numpy() for name, column in columns.items()}
-        return Seen(tokens, loss, update["tokens"], mismatch)
+        return Seen(tokens, loss, update["tokens"], mismatch, _outside(inside, everywhere))
 
     numbers = [update["tokens"], update["sequences"], mismatch, loss is not None, 0.0 if loss is None else loss]
-    facts = torch.cat(ranks.gather(torch.tensor([numbers], dtype=torch.float64)))  # (processes, 5)
+    numbers += [inside, everywhere]
+    facts = torch.cat(ranks.gather(torch.tensor([numbers], dtype=torch.float64)))  # (processes, 7)
     everyones = ranks.gather_columns(columns, NAMES)
     shift = 0
     for rank, theirs in enumerate(everyones):  # sequences are counted through the processes
@@ -57,4 +61,9 @@ def together(ranks: Ranks, update: Mapping[str, Any]) -> Seen:
         float(facts[:, 4].sum() / known) if known else None,
         int(facts[:, 0].sum()),
         bool(facts[:, 2].any()),
+        _outside(float(facts[:, 5].sum()), float(facts[:, 6].sum())),
     )
+
+
+def _outside(inside: float, everywhere: float) -> float | None:
+    return max(0.0, 1 - inside / everywhere) if everywhere > 0 else None

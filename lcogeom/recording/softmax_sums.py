@@ -35,6 +35,10 @@ class SoftmaxSums:
     """<g, s> for the gradients g handed over."""
     seen_rest: Tensor | None
     """|g - c s|^2, c = <g, s> / |s|^2: of what is left of them."""
+    log_total: Tensor | None = None
+    """log sum_j exp(z_j / temperature)."""
+    seen_sum: Tensor | None = None
+    """sum_j g_j."""
 
     def logprobs(self) -> Tensor:
         """log pi."""
@@ -89,18 +93,20 @@ def softmax_sums(
         found.append(_of_rows(z, actions[rows, None], gradient, temperature, few[:3]))
         if others is not None:
             torch.div(few[1], found[-1][1, :, None].to(precise), out=others[rows])
-    top, total, squares, weighted, chosen, along, rest = torch.cat(found, 1)
+    top, total, squares, weighted, chosen, along, rest, summed = torch.cat(found, 1)
     return SoftmaxSums(
         log_odds=total.log() + (top - chosen) / temperature,
         others_entropy=total.log() - weighted / total,
         others_squares=squares / total.square(),
         seen_along=None if seen is None else along,
         seen_rest=None if seen is None else rest,
+        seen_sum=None if seen is None else summed,
+        log_total=torch.logaddexp(total.log() + top / temperature, chosen / temperature),
     )
 
 
 def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: float, memory: Tensor) -> Tensor:
-    """(7, n) float64: top', sums of w, w^2 and w (z - top'), z_a, <g, s>, |g - c s|^2.
+    """(8, n) float64: top', sums of w, w^2 and w (z - top'), z_a, <g, s>, |g - c s|^2, sum g.
 
     memory: (3, n, V); its second part is left as w, 0 at the action.
     """
@@ -117,7 +123,7 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     total, squares, weighted = (part.double() for part in (w.sum(1), _dot(w, w, product), _dot(w, z, product)))
     plain = [top.squeeze(1).double(), total, squares, weighted, chosen]
     if seen is None:
-        return torch.stack([*plain, total, total])
+        return torch.stack([*plain, total, total, total])
 
     at_action = seen.gather(1, action).double().squeeze(1)
     along = at_action - _dot(w, seen, product).double() / total
@@ -127,7 +133,7 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     left = torch.mul(seen, (1 / unit).to(z.dtype)[:, None], out=z)
     left.addcmul_(w, (slope / total / unit).to(z.dtype)[:, None]).scatter_(1, action, 0.0)
     rest = torch.linalg.vector_norm(left, dim=1).double().square() + ((at_action - slope) / unit).square()
-    return torch.stack([*plain, along, rest * unit.square()])
+    return torch.stack([*plain, along, rest * unit.square(), seen.sum(1).double()])
 
 
 def _dot(a: Tensor, b: Tensor, product: Tensor) -> Tensor:

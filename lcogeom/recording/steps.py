@@ -33,6 +33,10 @@ class StepFound:
     """Columns of `updates`."""
     squares: dict[tuple[str, str], Tensor]
     """(scope, name) of each row of `norms` -> squared norm of its part of the step; empty where not known."""
+    weights: dict[tuple[str, str], Tensor]
+    """The same of the weights before the step."""
+    between: dict[tuple[str, str], Tensor]
+    """The same of what changed the weights since the last step; empty where that is not known."""
     sketches: list[StoredSketch]
 
 
@@ -87,27 +91,30 @@ class CopiedSteps:
         return {"grad_cos_prev": along.total() / (now.root() * last.root())} if comparable and along.terms else {}
 
     def after(self) -> StepFound:
-        steps, forces, along = [_Sum() for _ in self._parameters], _Sum(), _Sum()
+        steps, weights = [_Sum() for _ in self._parameters], [_Sum() for _ in self._parameters]
+        forces, along = _Sum(), _Sum()
         for place, parameter in enumerate(self._parameters):
             for before, after, force in _pieces(self._copies[place], _flat(parameter), self._gradient[place]):
+                weights[place].add(_square(before))
                 backwards = before.sub_(after)
                 steps[place].add(_square(backwards))
                 if force is not None:
                     forces.add(_square(force))
                     along.add(_dot(backwards, force))
         norm = torch.stack([step.total() for step in steps]).sum().sqrt()
-        values = {"update_norm": norm}
+        values = {"update_norm": norm, "weight_norm": torch.stack([part.total() for part in weights]).sum().sqrt()}
         if forces.terms:
             values["step_grad_cos"] = along.total() / (norm * forces.root())
-        squares = {
-            key: torch.stack([steps[place].total() for place in places]).sum() for key, places in self._members.items()
-        }
+        squares, old = (
+            {key: torch.stack([sums[place].total() for place in places]).sum() for key, places in self._members.items()}
+            for sums in (steps, weights)
+        )
         sketches: list[StoredSketch] = []
         if self._sketch is not None:
             sketches = self._first + self._sketch.store("gradient", self._gradient)
             sketches += self._sketch.store("step", self._copies, sign=-1.0)  # they hold theta_old - theta_new now
             self._first = []
-        return StepFound(values, squares, sketches)
+        return StepFound(values, squares, old, {}, sketches)
 
 
 class SketchedSteps:
@@ -129,11 +136,16 @@ class SketchedSteps:
         self._seen: list[tuple[int, int]] = []
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
+        self._step: Tensor | None = None  # (cells, size), of the last one
+        self._between: Tensor | None = None  # (cells, size): what has changed the weights since
 
     def before(self, visit: Visit) -> dict[str, Tensor]:
         first = self._weights is None
         if self._weights is None or self._seen != self._versions():  # someone else has changed the weights
-            self._weights = self._sketch_weights()
+            last_weights, self._weights = self._weights, self._sketch_weights()
+            self._between = None if last_weights is None else self._weights - last_weights
+        else:
+            self._between = torch.zeros_like(self._weights)
         self._stored = self._sketch.store("gradient", [part.grad for part in self._parameters], visit=visit)
         if first:
             self._stored += self._by_layer("weights", self._weights)
@@ -146,13 +158,29 @@ class SketchedSteps:
         before, self._weights = self._weights, self._sketch_weights()
         self._seen = self._versions()
         step = self._weights - before
-        norms = step.square().sum(1)  # summed over cells, whose errors average out
-        squares: dict[tuple[str, str], Tensor] = {}
+        norms, weights = step.square().sum(1), before.square().sum(1)  # summed over cells, whose errors average out
+        values = {
+            "update_norm": norms.sum().sqrt(),
+            "weight_norm": weights.sum().sqrt(),
+            "step_grad_cos": _cosine(step.sum(0), -self._gradient.double()),
+        }
+        squares, old = self._by_key(norms), self._by_key(weights)
+        between: dict[tuple[str, str], Tensor] = {}
+        if self._step is not None and self._between is not None:
+            changed = self._between.square().sum(1)
+            between = self._by_key(changed)
+            values["moved_between"] = changed.sum().sqrt()
+            values["step_undone"] = -(self._between * self._step).sum() / self._step.square().sum()
+            values["step_cos_prev"] = _cosine(step.flatten(), self._step.flatten())
+        self._step = step
+        return StepFound(values, squares, old, between, self._stored + self._by_layer("step", step))
+
+    def _by_key(self, cells: Tensor) -> dict[tuple[str, str], Tensor]:
+        sums: dict[tuple[str, str], Tensor] = {}
         for row, keys in enumerate(self._cells):
             for key in keys:
-                squares[key] = squares[key] + norms[row] if key in squares else norms[row]
-        values = {"update_norm": norms.sum().sqrt(), "step_grad_cos": _cosine(step.sum(0), -self._gradient.double())}
-        return StepFound(values, squares, self._stored + self._by_layer("step", step))
+                sums[key] = sums[key] + cells[row] if key in sums else cells[row]
+        return sums
 
     def _sketch_weights(self) -> Tensor:
         """(cells, size) float64."""

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 QUANTILES = {"ratio_q05": 0.05, "ratio_median": 0.5, "ratio_q95": 0.95}
-MEANS = {"logprob": "logprob", "action_prob": "prob", "entropy": "entropy", "convex_share": "convex"}
+MEANS = {
+    "logprob": "logprob",
+    "action_prob": "prob",
+    "entropy": "entropy",
+    "convex_share": "convex",
+    "logsumexp": "logsumexp",
+}
 
 
 def summarise(tokens: Mapping[str, np.ndarray]) -> dict[str, object]:

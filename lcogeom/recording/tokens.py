@@ -86,8 +86,9 @@ def _measure_action(
         norm = torch.where(misfit < TRUSTED_MISFIT, norm, math.nan)
     d1 = coefficient / sums.complement() * temperature / some.factor
     d2, negatives, contradicts = _action_curvature(some, objective, sums, (d1, misfit), width)
-    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob()) | {
+    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob(), sums.log_total) | {
         "logit_grad_norm": norm / some.factor,
+        "logit_grad_sum": torch.full_like(d1, math.nan) if sums.seen_sum is None else sums.seen_sum / some.factor,
         "d1": d1,
         "d2": d2,
         "misfit": misfit,
@@ -120,8 +121,9 @@ def _measure_any(some: Candidates, objective: Objective, head: OutputHead | None
         norm = seen.norm(dim=1)
     counts = _where_finite(cooled, some.batch, lambda z, b: objective.hessian(z, b).negative_count()[:, None].double())
     negatives = unknown if counts is None else counts[:, 0]
-    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob()) | {
+    return _columns(some, sums.logprobs(), sums.entropy(), sums.sum_sq_prob(), sums.log_total) | {
         "logit_grad_norm": norm / some.factor,
+        "logit_grad_sum": seen.sum(1) / some.factor if head is None else unknown,
         "d1": unknown,
         "d2": unknown,
         "misfit": misfit,
@@ -154,8 +156,9 @@ def measure_logprobs(
     odds = SoftmaxSums(torch.expm1(-logprobs).log(), none, none, None, None)
     misfit = torch.zeros_like(unknown)  # a loss of these log-probabilities is one by construction
     d2, negatives, contradicts = _action_curvature(some, objective, odds, (d1, misfit), vocabulary)
-    return _columns(some, logprobs, unknown if entropy is None else entropy.double(), squares) | {
+    return _columns(some, logprobs, unknown if entropy is None else entropy.double(), squares, None) | {
         "logit_grad_norm": d1.abs() / temperature * (1 - 2 * logprobs.exp() + squares).clamp(min=0).sqrt(),
+        "logit_grad_sum": unknown,
         "d1": d1,
         "d2": d2,
         "misfit": unknown,
@@ -169,7 +172,9 @@ def _cooled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def _columns(some: Candidates, logprobs: Tensor, entropy: Tensor, sum_sq_prob: Tensor) -> Columns:
+def _columns(
+    some: Candidates, logprobs: Tensor, entropy: Tensor, sum_sq_prob: Tensor, log_total: Tensor | None
+) -> Columns:
     """What does not depend on the loss."""
     unknown = torch.full_like(logprobs, math.nan)
     old = some.batch.old_logprobs if some.batch is not None else None
@@ -186,6 +191,7 @@ def _columns(some: Candidates, logprobs: Tensor, entropy: Tensor, sum_sq_prob: T
         "prob": logprobs.exp(),
         "entropy": entropy,
         "sum_sq_prob": sum_sq_prob,
+        "logsumexp": unknown if log_total is None else log_total,
     }
 
 

@@ -8,6 +8,7 @@ RUN/black_box/triggers.jsonl                     every event, those too that wer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -188,6 +189,21 @@ def write_trigger(run: Path, event: Mapping[str, Any]) -> None:
     (run / FOLDER).mkdir(exist_ok=True)
     with (run / FOLDER / TRIGGERS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(_strict(event)) + "\n")
+
+
+def read_triggers(run: Path) -> list[dict[str, Any]]:
+    """Every event of a run folder, oldest first: `step`, `reason`, `dumped`. A line that is damaged is left out."""
+    try:
+        lines = (run / FOLDER / TRIGGERS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("reason"), str):
+                found.append(event)
+    return found
 
 
 def read_entries(run: Path) -> list[BlackBoxEntry]:

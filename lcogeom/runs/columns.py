@@ -17,7 +17,7 @@ NOTED = {
     "heldout_reward": ("reward", "mean reward on the held-out problems before this update; null between evaluations"),
     "heldout_reward_after": ("reward", "the same after this update; of the last update of a run"),
     "rollouts": ("1", "completions trained on so far, those of this update's rollout included"),
-    "learning_rate": ("1", "of this update"),
+    "learning_rate": ("1", "of this update; the optimiser's first group's where the loop notes none"),
     "kept_share": ("1", "share of the completion tokens that the intervention kept"),
     "critic_loss": ("reward^2", "mean over tokens of half the squared error of the critic's values"),
     "rollout_seconds": ("s", "wall time of the rollout: sampling, rewards, advantages, old policy"),
@@ -78,6 +78,29 @@ COLUMNS: list[Column] = [
         "Euclidean norm of the step d = theta_new - theta_old" + ESTIMATED,
     ),
     Column(
+        "updates",
+        "weight_norm",
+        "float64",
+        "weight",
+        "Euclidean norm of the trained weights before the step" + ESTIMATED,
+    ),
+    Column(
+        "updates",
+        "moved_between",
+        "float64",
+        "weight",
+        "Euclidean norm of what changed the weights between the last step and this one: 0 in an ordinary loop; from "
+        "sketches, null with copies=True",
+    ),
+    Column(
+        "updates",
+        "step_undone",
+        "float64",
+        "1",
+        "share of the last step that this change took back (its part along the step); from sketches",
+    ),
+    Column("updates", "step_cos_prev", "float64", "1", "cosine of the step with the last one; from sketches"),
+    Column(
         "updates", "grad_cos_prev", "float64", "1", "cosine of this gradient with the previous update's" + ESTIMATED
     ),
     Column(
@@ -102,6 +125,15 @@ COLUMNS: list[Column] = [
     *_split("ratio_q95", "float64", "1", "95 % quantile of the recorded ratios, by weight"),
     *_split("ratio_max", "float64", "1", "largest recorded ratio"),
     *_split("convex_share", "float64", "1", "share of tokens at which the loss is convex in the logits"),
+    *_split("logsumexp", "float64", "nat", "mean over the tokens of the log normaliser of the softmax"),
+    Column(
+        "updates",
+        "outside_share",
+        "float64",
+        "1",
+        "share of the squared norm of the gradient, where it is read (logits, hidden states), that lies outside the "
+        "completion tokens marked in batch(); null where none were marked",
+    ),
     *_split("tokens", "int64", "1", "completion tokens in the update (by sign: estimated where not all are recorded)"),
     *_audit(
         actual="what the step did to the mean of the objective over the update's completion tokens, dropout off",
@@ -131,7 +163,15 @@ COLUMNS: list[Column] = [
     Column("tokens", "prob", "float64", "1", "pi, the action's probability"),
     Column("tokens", "entropy", "float64", "nat", "entropy of the policy at this token"),
     Column("tokens", "sum_sq_prob", "float64", "1", "sum over the vocabulary of p^2"),
+    Column("tokens", "logsumexp", "float64", "nat", "log sum_j exp(z_j), z as it enters the softmax"),
     Column("tokens", "logit_grad_norm", "float64", "loss", "Euclidean norm of d loss / d logits at this token"),
+    Column(
+        "tokens",
+        "logit_grad_sum",
+        "float64",
+        "loss",
+        "sum over the vocabulary of d loss / d logits: 0 for every loss of probabilities; null but at the logits",
+    ),
     Column("tokens", "d1", "float64", "loss", "f'(l) of the back-propagated loss; null for a loss that is no f(l)"),
     Column("tokens", "d2", "float64", "loss", "f''(l) of the back-propagated loss; null where it does not follow"),
     Column(
@@ -148,7 +188,10 @@ COLUMNS: list[Column] = [
     Column("norms", "scope", "string", "", "'layer' (a numbered block, or a module outside them) or 'group'"),
     Column("norms", "name", "string", "", "module path of the layer, or index of the optimiser's parameter group"),
     Column("norms", "grad_norm", "float64", "loss / weight", "Euclidean norm of its gradient before clipping"),
+    Column("norms", "grad_norm_clipped", "float64", "loss / weight", "the same as the optimiser received it"),
     Column("norms", "update_norm", "float64", "weight", "Euclidean norm of its part of the step"),
+    Column("norms", "weight_norm", "float64", "weight", "Euclidean norm of its weights before the step"),
+    Column("norms", "moved_between", "float64", "weight", "of `updates`, its part"),
     Column("sketches", "step", "int64", "1", "the update"),
     Column(
         "sketches", "vector", "string", "", "'gradient' g_t as the optimiser got it, 'step' d_t, or 'weights' theta_t"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from lcogeom.runs.black_box import BlackBoxEntry, read_entries
+from lcogeom.runs.black_box import BlackBoxEntry, read_entries, read_triggers
 from lcogeom.runs.columns import glossary, schema
 from lcogeom.runs.folder import COLLECTION, members, read_meta
 from lcogeom.runs.parts import DamagedPart, flushes
@@ -57,6 +57,10 @@ class Run:
                 'run.sketches(variant="ppo", seed=0).'
             )
         return read_sketches(found[0], layer)
+
+    def events(self) -> list[dict[str, object]]:
+        """What the black box was called for, oldest first: `step`, `reason`, `dumped` (False: no dump was written)."""
+        return [event for folder, _ in members(self.path, self.meta, []) for event in read_triggers(folder)]
 
     def black_box(self) -> list[BlackBoxEntry]:
         """What was written down when something went wrong, by run and update; damaged dumps are left out, and said."""

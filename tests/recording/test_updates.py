@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,11 @@ def test_norms_and_directions(copies: bool, tmp_path: Path, device: torch.device
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             clipped, before = flat([p.grad for p in model.parameters()]), flat(list(model.parameters()))
             optimizer.step()
-            seen.append((raw, clipped, flat(list(model.parameters())) - before, named, loss.detach()))
+            seen.append((raw, clipped, flat(list(model.parameters())) - before, named, loss.detach(), before.norm()))
     run = lg.load_run(tmp_path / "run")
     updates = run.updates
     previous = None
-    for step, (raw, clipped, change, named, loss) in enumerate(seen):
+    for step, (raw, clipped, change, named, loss, weights) in enumerate(seen):
         row = updates.iloc[step]
         qkv = [norm for name, norm in named.items() if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")]
         assert len(qkv) == 6
@@ -54,14 +55,16 @@ def test_norms_and_directions(copies: bool, tmp_path: Path, device: torch.device
             "grad_norm": float(raw.norm()),
             "grad_norm_clipped": float(clipped.norm()),
             "update_norm": float(change.norm()),
+            "weight_norm": float(weights),
+            "learning_rate": 1e-2,
             "step_grad_cos": cosine(change, -clipped),
             "qkv_mean_frobenius": float(torch.stack(qkv).mean()),
         }
         if previous is not None:
             expected["grad_cos_prev"] = cosine(raw, previous)
         for name, value in expected.items():
-            sketched = not copies and name in ("update_norm", "step_grad_cos", "grad_cos_prev")
-            error = {"rel": 4.5 / 181} if name == "update_norm" else {"abs": 4.5 / 128}
+            sketched = not copies and name in ("update_norm", "weight_norm", "step_grad_cos", "grad_cos_prev")
+            error = {"rel": 4.5 / 181} if name.endswith("norm") else {"abs": 4.5 / 128}
             assert row[name] == pytest.approx(value, **(error if sketched else {"rel": 2e-5})), name
         previous = raw
         layers = run.norms[(run.norms["step"] == step) & (run.norms["scope"] == "layer")].set_index("name")
@@ -70,12 +73,83 @@ def test_norms_and_directions(copies: bool, tmp_path: Path, device: torch.device
             float(torch.stack(first).sum().sqrt()), rel=1e-5
         )
         group = run.norms[(run.norms["step"] == step) & (run.norms["scope"] == "group")]
-        for column in ("grad_norm", "update_norm"):
+        for column in ("grad_norm", "update_norm", "weight_norm"):
             assert group[column].tolist() == pytest.approx([row[column]], rel=1e-5)
-        for total, column in (("grad_norm", "grad_norm"), ("update_norm", "update_norm")):
-            assert np.sqrt((layers[column] ** 2).sum()) == pytest.approx(row[total], rel=1e-5)
+        for column in ("grad_norm", "grad_norm_clipped", "update_norm"):
+            assert np.sqrt((layers[column] ** 2).sum()) == pytest.approx(row[column], rel=1e-5)
     assert np.isnan(updates["grad_cos_prev"].iloc[0])
+    assert run.meta["weights"] == {"float32": len(seen[0][0])}
+    assert run.meta["optimizer_options"]["eps"] == 1e-8
     assert updates["grad_norm_clipped"].max() < 0.0501 < updates["grad_norm"].min()
+
+
+@pytest.mark.parametrize("tap", ["logits", "hidden"])
+def test_the_gradient_outside_the_marked_tokens(tap: str, tmp_path: Path, device: torch.device) -> None:
+    """Two backward passes, the second of a loss over prompts and padding too, of the same logits as the first."""
+    model = build("llama", device)
+    task = make_task(model)
+    objective = lg.objective("sft")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective, tap=tap, temperature=2.0) as probe:
+        for everywhere in (False, True):
+            tell(probe, task)
+            output = model(input_ids=task.input_ids, output_hidden_states=True)
+            read = output.logits if tap == "logits" else output.hidden_states[-1]
+            read.retain_grad()
+            logp = torch.log_softmax(output.logits[:, :-1] / 2.0, 2)
+            logp = logp.gather(2, task.input_ids[:, 1:, None]).squeeze(2)
+            (-logp * (1.0 if everywhere else task.mask[:, 1:].float())).sum().backward()
+            optimizer.step()
+    updates = lg.load_run(tmp_path / "run").updates
+    squares = read.grad[:, :-1].double().square().sum(2)
+    tokens = lg.load_run(tmp_path / "run").tokens
+    if tap == "logits":
+        assert tokens["logit_grad_sum"].abs().max() < 1e-6
+    else:
+        assert tokens["logit_grad_sum"].isna().all()
+    assert updates["outside_share"].tolist() == pytest.approx(
+        [0.0, float(squares[~task.mask[:, 1:]].sum() / squares.sum())], abs=1e-6
+    )
+    assert updates["outside_share"].iloc[1] > 0.1
+    normaliser = torch.logsumexp(output.logits.detach()[:, :-1][task.mask[:, 1:]].double() / 2.0, 1)
+    assert updates["logsumexp"].tolist() == pytest.approx([float(normaliser.mean())] * 2, abs=1e-5)
+
+
+def test_what_changes_the_weights_between_steps(tmp_path: Path, device: torch.device) -> None:
+    """Momentum shows in the cosine of steps; a step taken back, and weights scaled by hand, in what lies between."""
+    model = build("llama", device)
+    task = make_task(model)
+    objective = lg.objective("sft")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    flats, between = [], []
+    with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective) as probe:
+        for update in range(4):
+            with torch.no_grad():
+                start = flat(list(model.parameters()))
+                if update == 2:  # half of the last step
+                    for p, old, new in zip(model.parameters(), *flats[-1], strict=True):
+                        p.add_(new - old, alpha=-0.5)
+                if update == 3:
+                    model.lm_head.weight.mul_(1.5)
+                between.append(flat(list(model.parameters())) - start)
+                old = [p.clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            loss = loss_of(model, task, objective)
+            tell(probe, task, loss)
+            loss.backward()
+            optimizer.step()
+            flats.append((old, [p.detach().clone() for p in model.parameters()]))
+    run = lg.load_run(tmp_path / "run")
+    updates = run.updates
+    steps = [flat(new) - flat(old) for old, new in flats]
+    cosines = [cosine(a, b) for a, b in itertools.pairwise(steps)]
+    assert updates["step_cos_prev"].tolist()[1:] == pytest.approx(cosines, abs=4.5 / 128)
+    assert updates["moved_between"].iloc[1] == 0.0
+    assert updates["moved_between"].tolist()[2:] == pytest.approx([float(b.norm()) for b in between[2:]], rel=4.5 / 181)
+    assert updates["step_undone"].tolist()[1:3] == pytest.approx([0.0, 0.5], abs=1e-3)
+    at = run.norms[(run.norms["step"] == 3) & (run.norms["scope"] == "layer")].set_index("name")["moved_between"]
+    assert at["lm_head"] == pytest.approx(updates["moved_between"].iloc[3])
+    assert at["model.layers.0"] == 0.0
 
 
 def gpt2_parts(grad: Tensor) -> list[Tensor]:

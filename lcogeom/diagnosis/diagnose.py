@@ -1,0 +1,78 @@
+"""diagnose(): from a run, a run folder or a plain log to a report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from lcogeom.diagnosis.finding import Finding, Report
+from lcogeom.diagnosis.ranking import rank
+from lcogeom.diagnosis.rule_data import advantage_outlier, behaviour_mismatch, no_signal, unmasked_tokens
+from lcogeom.diagnosis.rule_policy import entropy_collapse, logit_drift, non_finite
+from lcogeom.diagnosis.rule_steps import layer_amplification, optimizer_lag, precision_loss, step_too_large
+from lcogeom.diagnosis.rule_weights import (
+    clip_saturation,
+    dominant_sequence,
+    loss_scale_jump,
+    negative_rare_token,
+    ratio_blow_up,
+)
+from lcogeom.diagnosis.signals import Signals, signals_of
+from lcogeom.runs import Run, load_run
+
+RULES: tuple[Callable[[Signals], list[Finding]], ...] = (
+    unmasked_tokens,
+    behaviour_mismatch,
+    advantage_outlier,
+    no_signal,
+    loss_scale_jump,
+    ratio_blow_up,
+    negative_rare_token,
+    dominant_sequence,
+    clip_saturation,
+    layer_amplification,
+    optimizer_lag,
+    step_too_large,
+    precision_loss,
+    entropy_collapse,
+    logit_drift,
+    non_finite,
+)
+
+
+def diagnose(run: Run | str | Path) -> Report:
+    """What went wrong in a run, what came first, and what to try.
+
+    Args:
+        run: from `load_run`; the path of a run folder; or that of a plain log: TRL's `trainer_state.json` or its
+            `log_history` as JSON, or a CSV exported from W&B or verl's console log, with what those allow.
+
+    Returns:
+        The report. `findings` is empty for a run without any; `missing` names columns that were not there and would
+        have decided; `notes` what was damaged, missing or not understood in the folder.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: it holds no update, or several runs; a file that is no log of a training run.
+    """
+    if isinstance(run, Run):
+        signals, notes = signals_of(run)
+    elif Path(run).is_file():
+        from lcogeom.diagnosis.logs import read_log
+
+        signals, notes = read_log(Path(run))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is damaged is told in the report's notes
+            loaded = load_run(run)
+        signals, notes = signals_of(loaded)
+    return report_of(signals, notes)
+
+
+def report_of(signals: Signals, notes: list[str]) -> Report:
+    """The report of what the rules find."""
+    findings = rank(finding for rule in RULES for finding in rule(signals))
+    found = {finding.cause for finding in findings}
+    missing = tuple(one for one in signals.missing if one.cause not in found)
+    return Report(signals.source, signals.size, findings, missing, tuple(notes), dict(signals.meta))

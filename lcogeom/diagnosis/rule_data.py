@@ -1,0 +1,274 @@
+"""Rules about the data of an update: which tokens, whose log-probabilities, which advantages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lcogeom.diagnosis.baseline import first, usual
+from lcogeom.diagnosis.finding import Finding
+from lcogeom.diagnosis.making import make, number
+from lcogeom.diagnosis.signals import Signals
+
+OUTSIDE = 1e-3
+"""Of the squared gradient: exactly 0 with a right mask, and rounding leaves less than 1e-6."""
+TAIL, TAILED = 2, 0.25
+"""Repeated tokens at a sequence's end that make a tail, and the share of an update's sequences that end so, all with one
+token: a policy that repeats itself does so with tokens of its choice, and stops at the end of sequence."""
+SURPRISE = 0.5
+"""Nat: mean of -log pi - entropy, which is 0 for tokens that the policy sampled (E[-log pi] is the entropy)."""
+APART = 0.03
+"""Mean |log r| before any update on a rollout: two engines in bf16 differ by 0.01 to 0.02; PPO's clip is at 0.18."""
+OUTLIER = 4.0
+"""Times the largest advantage before. Normalised ones cannot do that: in a batch of n they end at sqrt(n - 1)."""
+LARGEST_GROUP = 16
+"""Completions of one prompt: common sizes are 4 to 16, and a smaller one would make the chance smaller yet."""
+CHANCE = 0.01
+"""Of a stretch without signal by bad luck alone, in the whole run."""
+
+
+def unmasked_tokens(s: Signals) -> list[Finding]:
+    """Gradient outside the marked tokens, or marked tokens that no policy sampled."""
+    return _outside(s) or _padding(s) or _not_sampled(s)
+
+
+def _outside(s: Signals) -> list[Finding]:
+    share = s.get("outside_share")
+    if share is None:
+        if s.table == "updates":
+            why = "the share of the gradient outside the completions; pass action_mask to probe.batch()"
+            s.lacks("unmasked-tokens", "outside_share", why)
+        return []
+    at = first(share > OUTSIDE)
+    if at is None:
+        return []
+    proof = [s.evidence("outside_share", at, share[at], 0.0, "of the squared gradient lies outside the marked tokens")]
+    sentence = (
+        f"At update {s.steps[at]}, {share[at]:.1%} of the squared gradient sits on tokens outside the completions "
+        "that batch() marked: the loss includes prompt or padding."
+    )
+    return [make(s, "unmasked-tokens", at, 0.98, sentence, proof, share=float(share[at]))]
+
+
+def _padding(s: Signals) -> list[Finding]:
+    tokens, ids, position = s.tokens, s.token("token_id"), s.token("position")
+    if tokens is None or ids is None or position is None or s.token("sequence") is None:
+        return []
+    order = np.lexsort((position, tokens.sequence))
+    sequence, ids = tokens.sequence[order], ids[order]
+    starts = np.flatnonzero(np.r_[True, sequence[1:] != sequence[:-1]])
+    ends = np.r_[starts[1:], len(sequence)] - 1
+    last = ids[ends]
+    rows = np.arange(len(sequence))
+    other = np.maximum.reduceat(np.where(ids != last[sequence], rows, -1), starts)
+    repeats = ends - np.maximum(other, starts - 1) - 1  # of the last token, before it
+    tailed = repeats >= TAIL
+    update = tokens.update_of_sequence
+    sequences = np.bincount(update, minlength=tokens.count)
+    found = np.full(tokens.count, np.nan)
+    found[sequences > 0] = 0.0
+    for token in np.unique(last[tailed]):
+        there = np.bincount(update[tailed & (last == token)], minlength=tokens.count)
+        found = np.fmax(found, np.where((sequences >= 4) & (there >= 3), there / np.maximum(sequences, 1), 0.0))
+    at = first(found > TAILED)
+    if at is None:
+        return []
+    chosen = np.zeros(len(ids), dtype=bool)
+    chosen[order] = (rows > other[sequence]) & (rows > starts[sequence]) & tailed[sequence]
+    logprob, entropy = s.token("logprob"), s.token("entropy")
+    if logprob is not None and entropy is not None:  # a policy that repeats itself is not surprised by it
+        surprise = tokens.mean(-logprob - entropy, chosen)
+        at = first((found > TAILED) & (surprise > SURPRISE))
+        if at is None:
+            return []
+    proof = [s.evidence("token_id", at, found[at], 0.0, "of the sequences end in one repeated token", "tokens")]
+    sentence = (
+        f"At update {s.steps[at]}, {found[at]:.0%} of the sequences end in the same token, repeated: padding is marked "
+        "as completion and receives gradient."
+    )
+    return [make(s, "unmasked-tokens", at, 0.9, sentence, proof, chosen=chosen & (tokens.update == at))]
+
+
+def _not_sampled(s: Signals) -> list[Finding]:
+    """A bulk of marked tokens that surprise the policy more than its entropy allows, at the beginning of completions."""
+    tokens, logprob, entropy = s.tokens, s.token("logprob"), s.token("entropy")
+    position, ids = s.token("position"), s.token("token_id")
+    if tokens is None or logprob is None or entropy is None or position is None or s.token("old_logprob") is None:
+        return []  # without a behaviour policy (SFT) nobody says that the policy sampled them
+    surprise = -logprob - entropy
+    early = position < 3
+    excess, agree = tokens.mean(surprise, early), _agreement(s, early)
+    expected = tokens.mean(np.nan_to_num(s.token("sum_sq_prob"), nan=0.0), early) if ids is not None else agree
+    at = first((excess > SURPRISE) & (agree - expected > 0.3))
+    if at is None:
+        return []
+    proof = [
+        s.evidence("logprob", at, excess[at], 0.0, "nat more surprise than entropy at the first tokens", "tokens"),
+        s.evidence("token_id", at, agree[at], expected[at], "of neighbouring sequences begin alike", "tokens"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]} the first marked tokens were not sampled by the policy: they surprise it by "
+        f"{excess[at]:.1f} nat more than its entropy, and neighbouring sequences share them. Prompts are in the loss."
+    )
+    return [make(s, "unmasked-tokens", at, 0.85, sentence, proof, chosen=early & (tokens.update == at))]
+
+
+def _agreement(s: Signals, early: np.ndarray) -> np.ndarray:
+    """(U,): how often a token of the chosen rows is that of the next sequence at its place."""
+    tokens, ids, position = s.tokens, s.token("token_id"), s.token("position")
+    assert tokens is not None
+    assert ids is not None
+    assert position is not None
+    rows = np.flatnonzero(early)
+    order = rows[np.lexsort((tokens.sequence[rows], position[rows], tokens.update[rows]))]
+    a, b = order[:-1], order[1:]
+    pair = (tokens.update[a] == tokens.update[b]) & (position[a] == position[b])
+    same = np.bincount(tokens.update[a[pair]], ids[a[pair]] == ids[b[pair]], tokens.count)
+    count = np.bincount(tokens.update[a[pair]], minlength=tokens.count)
+    return np.where(count >= 6, same / np.maximum(count, 1), np.nan)
+
+
+def behaviour_mismatch(s: Signals) -> list[Finding]:
+    """Ratios that are not 1 on a rollout that no update was made on."""
+    tokens, ratio = s.tokens, s.token("ratio")
+    if tokens is None or ratio is None:
+        if s.tokens is not None and s.token("advantage") is not None:
+            s.lacks("behaviour-mismatch", "old_logprob", "pass old_logprobs to probe.batch()", "tokens")
+        return []
+    with np.errstate(divide="ignore"):
+        log_ratio = np.abs(np.log(ratio))
+    apart = tokens.mean(np.where(np.isfinite(log_ratio), log_ratio, np.nan))
+    bulk = tokens.median(log_ratio)
+    fresh = np.zeros(s.size, dtype=bool) if tokens.again is None else ~tokens.again
+    # Minibatches of one rollout have all moved a little by then: as far as earlier ones did, and no step says more.
+    before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
+    jumped = np.isnan(before.level) | (before.excess > np.log(3))
+    jumped &= ~_stale(apart, fresh)
+    found = fresh & (apart > APART) & (bulk > APART / 10) & jumped
+    if np.nanmax(np.where(fresh, apart, 0.0), initial=0.0) <= APART:
+        return []
+    at = first(found)
+    if at is None:
+        return []
+    level = before.level[at]
+    reference = level if np.isfinite(level) else 0.0
+    proof = [
+        s.evidence("ratio", at, apart[at], reference, "mean |log ratio| on a rollout not trained on yet", "tokens"),
+        s.evidence("ratio", at, bulk[at], 0.0, "its median", "tokens"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]}, on a rollout that no update was made on, the policy differs from the old "
+        f"log-probabilities by {apart[at]:.2g} nat a token (before: {number(reference)}): they are not those of the "
+        "policy that is trained."
+    )
+    first_of_run = s.steps[at] == 0 or (np.isfinite(level) and level < APART / 3)
+    chosen = (tokens.update == at) & (log_ratio > APART)
+    return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
+
+
+def _stale(apart: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """(U,): whether a sampler that lags behind explains it: the policy has moved on by its usual steps since.
+
+    Then |log r| grows from one rollout to the next by no more than it grows within rollouts, step by step.
+    """
+    last = np.r_[np.nan, apart[:-1]]
+    within = pd.Series(np.where(fresh, np.nan, apart - last)).rolling(8, min_periods=1).median().shift(1)
+    rollout = np.cumsum(fresh)
+    known = pd.Series(np.where(fresh, apart, np.nan))
+    grown = apart - known.shift(1).ffill().fillna(0.0)
+    steps = pd.Series(rollout).groupby(rollout).transform("size").to_numpy()
+    return (within.to_numpy() > 0) & (grown < 1.2 * within.to_numpy() * np.maximum(steps, 1))
+
+
+def advantage_outlier(s: Signals) -> list[Finding]:
+    """The largest |A| of an update against those of other updates."""
+    tokens, advantage = s.tokens, s.token("advantage")
+    if tokens is None or advantage is None:
+        if s.tokens is not None and s.token("old_logprob") is not None:
+            s.lacks("advantage-outlier", "advantage", "pass advantages to probe.batch()", "tokens")
+        return []
+    size = np.abs(advantage)
+    largest = tokens.largest(size)
+    positive = np.where(largest > 0, largest, np.nan)
+    known = np.isfinite(positive)
+    if not known.any():
+        return []
+    highest = np.fmax.accumulate(np.where(known, positive, 0.0))
+    before = np.r_[np.nan, highest[:-1]]
+    # The first updates have little or nothing before them: what came after is as good a measure.
+    few = np.cumsum(known) <= 3
+    typical = np.nanmedian(positive)
+    reference = np.where(few, np.fmax(np.nan_to_num(before, nan=0.0), typical), before)
+    reference = np.where(few & (np.nan_to_num(before) > OUTLIER * typical), typical, reference)
+    at = first(positive > OUTLIER * reference)
+    if at is None:
+        return []
+    chosen = (tokens.update == at) & (size > max(float(reference[at]), largest[at] / 2))
+    share = float(tokens.share(chosen)[at])
+    times = largest[at] / reference[at]
+    proof = [
+        s.evidence("advantage", at, largest[at], reference[at], f"largest |A|, {times:.3g} times any before", "tokens")
+    ]
+    who = np.unique(s.token("sequence")[chosen]) if s.token("sequence") is not None else []  # type: ignore[index]
+    where = f"sequence {int(who[0])}" if len(who) == 1 else None
+    sentence = (
+        f"At update {s.steps[at]} an advantage of size {number(largest[at])} appears{f' in {where}' if where else ''}, "
+        f"{times:.3g} times the largest usual one; its tokens make {share:.0%} of the squared gradient."
+    )
+    return [make(s, "advantage-outlier", at, 0.95, sentence, proof, share=share, where=where, chosen=chosen)]
+
+
+def no_signal(s: Signals) -> list[Finding]:
+    """A stretch of updates whose advantages, or gradients, are all exactly zero, too long to be bad luck."""
+    tokens, advantage = s.tokens, s.token("advantage")
+    zero = np.zeros(s.size, dtype=bool)
+    told, column = np.zeros(s.size, dtype=bool), "advantage"
+    if tokens is not None and advantage is not None:
+        largest = tokens.largest(np.abs(advantage))
+        told = np.isfinite(largest)
+        zero |= told & (largest < 1e-8)  # normalising by a deviation of 0 + 1e-4 leaves rounding
+    for name in ("logit_grad_norm", "grad_norm"):
+        values = s.get(name)
+        if values is not None:
+            zero |= (values == 0) & ~told
+            told |= np.isfinite(values)
+            column = column if zero.any() and advantage is not None else name
+    share = s.get("zero_signal_share")
+    if share is not None:
+        zero |= share >= 1
+    if not zero.any():
+        return []
+    fresh = np.ones(s.size, dtype=bool) if tokens is None or tokens.again is None else ~tokens.again
+    by_group = _share_without(s, zero)
+    begins = np.flatnonzero(zero & ~np.r_[False, zero[:-1]])
+    for at in begins:
+        stop = at + int(np.argmin(np.r_[zero[at:], False]))
+        length = int(fresh[at:stop].sum())
+        elsewhere = fresh.copy()
+        elsewhere[at:stop] = False
+        # Share of rollouts without signal otherwise; one in four of four more where little is known.
+        rate = min((np.sum(zero & elsewhere) + 1) / (np.sum(elsewhere) + 4), by_group)
+        if length >= 2 and fresh.sum() * rate**length < CHANCE:
+            break
+    else:
+        return []
+    proof = [s.evidence(column, at, 0.0, None, f"zero at every token for {length} rollouts", "tokens")]
+    sentence = (
+        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all, which chance "
+        f"brings to {rate:.2g} of them: all completions score alike, and the updates teach nothing."
+    )
+    return [make(s, "no-signal", int(at), 0.95, sentence, proof)]
+
+
+def _share_without(s: Signals, zero: np.ndarray) -> float:
+    """The chance that no group of a rollout has an advantage, from how often single groups have none; 1 if not known."""
+    tokens, advantage = s.tokens, s.token("advantage")
+    if tokens is None or advantage is None:
+        return 1.0
+    size = np.bincount(tokens.sequence, np.abs(np.nan_to_num(advantage)))
+    other = ~zero[tokens.update_of_sequence]
+    without = float((size[other] < 1e-8).mean()) if other.any() else 0.0
+    if without == 0:  # normalised over the batch, not in groups
+        return 1.0
+    sequences = float(np.median(np.bincount(tokens.update_of_sequence, minlength=tokens.count)))
+    return without ** max(1.0, sequences / LARGEST_GROUP)

@@ -1,0 +1,298 @@
+"""Rules about what each token counts: the loss's normaliser, ratios, clipping, one sequence or kind of token."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from lcogeom.diagnosis.baseline import first, usual
+from lcogeom.diagnosis.finding import Finding
+from lcogeom.diagnosis.making import heaviest, make, number
+from lcogeom.diagnosis.signals import Signals
+
+EXACT = 0.05
+"""Scatter in log units assumed of the loss's normaliser: without a fault it only follows the number of tokens."""
+SCALE = math.log(1.5)
+"""A smaller change of the normaliser is what a few tokens more or less bring."""
+BLOWN = 3.0
+"""Of a ratio: far outside any clip bound in use (0.2 to 0.28; dual clip begins at 3)."""
+DRIVES = 0.3
+"""Share of the squared gradient from which on a kind of token is said to drive an update."""
+NOTICED = 0.02
+"""Share of the squared gradient from which on a sequence's weight is looked at, once one dominates."""
+OUTWEIGHS = 3.0
+"""Times the weight of the typical sequence, both with and without account of its length."""
+CLIPPED = 0.5
+"""Of the gradient called for, over a rollout: from here on clipping decides more than advantages do. PPO with four inner
+epochs loses 0.1 to 0.4."""
+SATURATED = 0.999
+"""Probability from which on a slope of 0 may be rounding."""
+RARE = (1e-3, 1e-4)
+"""Probabilities below which a token is rare."""
+SEVERAL = 4
+"""Updates that count together: with a few rare tokens in each, or made on a rollout of which little is left."""
+UNLIKELY = 1e-5
+"""Chance of that many rare tokens: 10,000 updates give 0.1 false alarms."""
+
+
+def loss_scale_jump(s: Signals) -> list[Finding]:
+    """The weight of the tokens changed by one factor that their number does not explain."""
+    exact = s.loss_weights
+    if exact is not None and s.tokens is not None:
+        return _scale_of_weights(s, exact)
+    return []
+
+
+def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
+    tokens = s.tokens
+    assert tokens is not None
+    typical = tokens.median(weights)
+    count = s.get("tokens")
+    plain = usual(typical, least=1, prior=EXACT)
+    per_token = usual(typical * np.ones(s.size) if count is None else typical * count, least=1, prior=EXACT)
+    nearer = np.abs(plain.excess) < np.abs(per_token.excess)
+    excess = np.where(nearer, plain.excess, per_token.excess)
+    score = np.where(nearer, plain.score, per_token.score)
+    at = first((np.abs(excess) > SCALE) & (np.abs(score) > 6))
+    if at is None:
+        return []
+    factor = math.exp(excess[at])
+    proof = [
+        s.evidence("d1", at, typical[at], plain.level[at], f"|f'| / (|A| r), {factor:.3g} times as before", "tokens")
+    ]
+    gradient = s.logit_gradient
+    if gradient is not None:
+        level = usual(gradient).level[at]
+        proof.append(s.evidence("logit_grad_norm", at, gradient[at], level, "norm of the logit gradient"))
+    sentence = (
+        f"At update {s.steps[at]} the loss of every token is multiplied by {factor:.3g} compared with before, "
+        "whatever its advantage, ratio or sequence: its normaliser changed, nothing else."
+    )
+    return [make(s, "loss-scale-jump", at, 0.95, sentence, proof, share=1.0)]
+
+
+def dominant_sequence(s: Signals) -> list[Finding]:
+    """One sequence holds most of the gradient because the loss weighs it more than the others."""
+    tokens, weights = s.tokens, s.loss_weights
+    if tokens is None or weights is None or tokens.square is None or s.token("sequence") is None:
+        return []
+    update = tokens.update_of_sequence
+    squares = tokens.by_sequence(tokens.square)
+    length = tokens.by_sequence(tokens.weight)
+    known = np.isfinite(weights)
+    count = tokens.by_sequence(known * tokens.weight)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = np.exp(tokens.by_sequence(np.where(known, tokens.weight * np.log(weights), 0.0)) / count)
+        total = np.bincount(update, squares, tokens.count)[update]
+        share = squares / total
+    heavy = np.minimum(_times_others(own, update, tokens.count), _times_others(own * length, update, tokens.count))
+    # What its share would be if the loss weighed it as it weighs the others.
+    fair = share / heavy**2 / (1 - share + share / heavy**2)
+    found = (share > DRIVES) & (heavy > OUTWEIGHS) & (fair < share / 2)
+    places = np.flatnonzero(found)
+    if not len(places):
+        return []
+    # Once it is clear that the loss weighs unequally: where that began, however much that sequence's gradient was then.
+    places = np.flatnonzero((share > NOTICED) & (heavy > OUTWEIGHS) & (fair < share / 2))
+    place = places[np.lexsort((-share[places], update[places]))[0]]
+    at = int(update[place])
+    name = f"sequence {int(s.token('sequence')[tokens.sequence == place][0])}"  # type: ignore[index]
+    proof = [
+        s.evidence(
+            "logit_grad_norm", at, share[place], fair[place], f"share of {name}, of the squared gradient", "tokens"
+        ),
+        s.evidence("d1", at, own[place], own[place] / heavy[place], "weight of its tokens in the loss", "tokens"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]}, {name} makes {share[place]:.0%} of the squared gradient: the loss weighs its tokens "
+        f"{heavy[place]:.3g} times as heavily as others' (with equal weights it would be {fair[place]:.0%})."
+    )
+    chosen = tokens.sequence == place
+    return [
+        make(s, "dominant-sequence", at, 0.9, sentence, proof, share=float(share[place]), where=name, chosen=chosen)
+    ]
+
+
+def _times_others(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """(Q,): each value over the median of its group's; 1 where it is not known."""
+    known = np.isfinite(values) & (values > 0)
+    at, some = group[known], values[known]
+    order = np.lexsort((some, at))
+    bounds = np.searchsorted(at[order], np.arange(groups + 1))
+    size = np.diff(bounds)
+    middle = np.full(groups, np.nan)
+    full = size > 3
+    middle[full] = some[order][bounds[:-1][full] + (size[full] - 1) // 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = values / middle[group]
+    return np.where(np.isfinite(found) & (found > 0), found, 1.0)
+
+
+def ratio_blow_up(s: Signals) -> list[Finding]:
+    """Tokens whose ratio left the trust region, and that drive the update."""
+    tokens, ratio = s.tokens, s.token("ratio")
+    if tokens is None or ratio is None:
+        return _blown_summary(s)
+    blown = ratio > BLOWN
+    share, largest = tokens.share(blown), tokens.largest(ratio)
+    at = first((share > DRIVES) & (largest > 2 * BLOWN))
+    if at is None:
+        return []
+    proof = [
+        s.evidence("ratio", at, largest[at], 1.0, "largest ratio", "tokens"),
+        s.evidence("ratio", at, share[at], None, f"of the squared gradient at ratios above {BLOWN:g}", "tokens"),
+    ]
+    chosen = blown & (tokens.update == at)
+    named = tokens.named(at, chosen)
+    sentence = (
+        f"At update {s.steps[at]} ratios reach {number(largest[at])}; tokens whose ratio is above {BLOWN:g} make "
+        f"{share[at]:.0%} of the squared gradient{heaviest(named)}."
+    )
+    return [make(s, "ratio-blow-up", at, 0.9, sentence, proof, chosen=chosen)]
+
+
+def _blown_summary(s: Signals) -> list[Finding]:
+    largest = s.get("ratio_max")
+    if largest is None:
+        return []
+    at = first(largest > 10 * BLOWN)
+    if at is None:
+        return []
+    s.lacks("ratio-blow-up", "ratio", "the share of the gradient at those ratios; record with lcogeom.attach", "tokens")
+    proof = [s.evidence("ratio_max", at, largest[at], 1.0, "largest ratio")]
+    return [make(s, "ratio-blow-up", at, 0.7, f"At update {s.steps[at]} ratios reach {number(largest[at])}.", proof)]
+
+
+def negative_rare_token(s: Signals) -> list[Finding]:
+    """More tokens with A < 0 and a tiny probability than sampling brings, with a good part of the gradient."""
+    tokens, advantage, prob = s.tokens, s.token("advantage"), s.token("prob")
+    if tokens is None or advantage is None or prob is None or tokens.square is None:
+        return []
+    total = tokens.sums(tokens.weight)
+    # Two updates on one rollout show the same tokens: those of the first count, and stand for the others.
+    fresh = np.ones(s.size, dtype=bool) if tokens.again is None else ~tokens.again
+    best = None
+    for limit in RARE:
+        rare = (advantage < 0) & (prob < limit) & (tokens.square > 0)
+        here = tokens.sums(tokens.weight, rare)
+        at = _surplus(here[fresh], total[fresh])
+        if at is None:
+            continue
+        place = int(np.flatnonzero(fresh)[at])
+        if tokens.share(rare)[place : place + SEVERAL].max() > DRIVES / 3 and (best is None or place < best[0]):
+            seen, read = here[fresh][:at].sum(), total[fresh][:at].sum()
+            expected = (seen + 0.5) * total[place] / (read + total[place])
+            best = place, limit, rare, float(here[place]), float(expected)
+    if best is None:
+        return []
+    at, limit, rare, here_count, usual_count = best
+    share = tokens.share(rare)[at]
+    proof = [
+        s.evidence("prob", at, here_count, usual_count, f"tokens with A < 0 and pi < {limit:g}", "tokens"),
+        s.evidence("logit_grad_norm", at, share, None, "their share of the squared gradient", "tokens"),
+    ]
+    chosen = rare & (tokens.update == at)
+    sentence = (
+        f"At update {s.steps[at]}, {here_count:.0f} tokens with a negative advantage have a probability below {limit:g} "
+        f"({usual_count:.1f} were to be expected) and make {share:.0%} of the squared gradient"
+        f"{heaviest(tokens.named(at, chosen))}."
+    )
+    return [make(s, "negative-rare-token", at, 0.85, sentence, proof, chosen=chosen)]
+
+
+def _surplus(here: np.ndarray, total: np.ndarray) -> int | None:
+    """The first of the updates from which on rare tokens are too many for chance, in one update or in several together.
+
+    here, total: (U,) rare tokens, and all.
+    """
+    # From all updates before; half a token more, so that none seen is not taken for none possible.
+    seen, read = np.r_[0.0, np.cumsum(here)[:-1]], np.r_[0.0, np.cumsum(total)[:-1]]
+    for at in range(len(here)):
+        if here[at] < 1:
+            continue
+        for length in (1, SEVERAL):
+            span = slice(at, at + length)
+            expected = (seen[at] + 0.5) * total[span].sum() / (read[at] + total[at])
+            if poisson_tail(int(here[span].sum()), max(expected, 1e-9)) < UNLIKELY:
+                own = (seen[at] + 0.5) * total[at] / (read[at] + total[at])
+                if length == 1 or poisson_tail(int(here[at]), own) < 0.05:
+                    return at
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _log_factorial(n: int) -> float:
+    return math.lgamma(n + 1)
+
+
+def poisson_tail(n: int, mean: float) -> float:
+    """P(N >= n) of a Poisson number with that mean."""
+    if n <= 0:
+        return 1.0
+    if n > mean + 40 * math.sqrt(mean) + 40:
+        return 0.0
+    below = sum(math.exp(k * math.log(mean) - mean - _log_factorial(k)) for k in range(n))
+    return max(0.0, 1.0 - below)
+
+
+def clip_saturation(s: Signals) -> list[Finding]:
+    """Most of the gradient that a rollout's advantages call for is clipped, over all updates on it but the first."""
+    tokens, advantage, prob = s.tokens, s.token("advantage"), s.token("prob")
+    slope, squares = s.token("d1"), s.token("sum_sq_prob")
+    if tokens is None or advantage is None or prob is None or slope is None or s.token("ratio") is None:
+        return _clipped_log(s)
+    shape = 1.0 if squares is None else np.sqrt(np.clip(1 - 2 * prob + squares, 0, None))
+    called = tokens.weight * np.abs(advantage) * shape  # what each token's gradient would be at a ratio of 1
+    # f' is exactly 0 on the flat side of a clip. A saturated token's may round to 0, too.
+    flat = (slope == 0) & (np.abs(advantage) > 1e-8) & (prob < SATURATED)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lost = tokens.sums(called, flat) / tokens.sums(called)
+    again = np.zeros(s.size, dtype=bool) if tokens.again is None else tokens.again
+    rollout = np.cumsum(~again)
+    usable = again & np.isfinite(lost)
+    mean = np.bincount(rollout, np.where(usable, lost, 0.0)) / np.maximum(np.bincount(rollout, usable), 1)
+    many = np.bincount(rollout, usable & (lost > 0.9 * CLIPPED)) >= SEVERAL
+    at = first(((mean > CLIPPED) | many)[rollout] & usable & (lost > 0.8 * CLIPPED))
+    if at is None:
+        return []
+    proof = [
+        s.evidence("d1", at, lost[at], 0.0, "of the gradient that advantages call for is clipped", "tokens"),
+        s.evidence("d1", at, mean[rollout[at]], None, "the same, over the updates on this rollout", "tokens"),
+    ]
+    inside = _inside_bounds(s, flat & (tokens.update == at))
+    hint = ""
+    if inside > 0.5:
+        hint = f" {inside:.0%} of the clipped tokens are within the declared bounds: those in use are tighter."
+        proof.append(s.evidence("ratio", at, inside, 0.0, "of the clipped tokens are within declared bounds", "tokens"))
+    sentence = (
+        f"From update {s.steps[at]} on, {mean[rollout[at]]:.0%} of the gradient that the rollout's advantages call for is "
+        f"clipped away: the updates are made of the rest.{hint}"
+    )
+    chosen = flat & (tokens.update == at)
+    return [make(s, "clip-saturation", at, 0.9, sentence, proof, share=0.0, chosen=chosen)]
+
+
+def _inside_bounds(s: Signals, chosen: np.ndarray) -> float:
+    """Share of the chosen tokens whose ratio the declared objective would not clip; 0 where that is not known."""
+    ratio = s.token("ratio")
+    low, high = s.options.get("clip_low"), s.options.get("clip_high")
+    if ratio is None or not chosen.any() or not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return 0.0
+    return float(((ratio[chosen] > 1 - low) & (ratio[chosen] < 1 + high)).mean())
+
+
+def _clipped_log(s: Signals) -> list[Finding]:
+    share = s.get("clip_share")
+    if share is None:
+        return []
+    at = first(share > CLIPPED)
+    if at is None:
+        return []
+    proof = [s.evidence("clip_share", at, share[at], 0.0, "of the tokens are clipped")]
+    return [
+        make(
+            s, "clip-saturation", at, 0.8, f"At update {s.steps[at]}, {share[at]:.0%} of the tokens are clipped.", proof
+        )
+    ]
