@@ -13,6 +13,7 @@ from lcogeom.curvature import (
     hvp,
     model_hessian,
 )
+from lcogeom.diagnosis import Comparison, compare
 from lcogeom.geometry import (
     Cosines,
     ExtremeEigenvalues,
@@ -54,7 +55,15 @@ from lcogeom.objectives import (
     objective,
     objective_names,
 )
-from lcogeom.recording import Probe, ReplayedBatch, TapError, attach, replay_batch
+from lcogeom.recording import (
+    ObjectiveComparison,
+    Probe,
+    ReplayedBatch,
+    TapError,
+    attach,
+    compare_objectives,
+    replay_batch,
+)
 from lcogeom.runs import BlackBoxEntry, NonFinite, RecordedBatch, Run, Sketches, load_run
 
 __version__ = "0.1.0"
@@ -66,6 +75,7 @@ __all__ = [
     "AutogradObjective",
     "BlackBoxEntry",
     "Choice",
+    "Comparison",
     "Cosines",
     "CurvatureTerms",
     "ExtremeEigenvalues",
@@ -78,6 +88,7 @@ __all__ = [
     "ModelHessian",
     "NonFinite",
     "Objective",
+    "ObjectiveComparison",
     "Probe",
     "RecordedBatch",
     "ReplayedBatch",
@@ -97,6 +108,8 @@ __all__ = [
     "audit_step",
     "autograd_objective",
     "check_hvp",
+    "compare",
+    "compare_objectives",
     "cosine",
     "directionality",
     "extreme_eigenvalues",

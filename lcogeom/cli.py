@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lcogeom.cli_compare import compare_command
+from lcogeom.cli_options import option_value
 from lcogeom.cli_train import EPILOG, train_command
 
 # Before torch is imported: spinning threads make a command 6 times slower where the cores are shared.
@@ -112,6 +114,7 @@ def _print_recipe(trainer: str | None) -> None:
 
 
 app.command("train", epilog=EPILOG)(train_command)
+app.command("compare")(compare_command)
 
 
 @app.command("audit")
@@ -157,10 +160,10 @@ def audit_command(
     for key, equals, _ in pairs:
         if not (key and equals):
             raise ValueError(f"--option: {key!r}; write it as KEY=VALUE.")
-    values = {key: _option_value(value) for key, _, value in pairs}
+    values = {key: option_value(value) for key, _, value in pairs}
     for key, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
         if bound is not None:
-            values[key] = _option_value(bound)
+            values[key] = option_value(bound)
             if isinstance(values[key], str):
                 raise ValueError(f"--{key.replace('_', '-')}: {bound!r}; must be a number or none.")
     named = {
@@ -188,19 +191,6 @@ def audit_command(
     print_report(report, Console(width=None if terminal else 140))
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _option_value(text: str) -> object:
-    """none, true, false or a number; anything else is text."""
-    words: dict[str, object] = {"none": None, "null": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def main() -> None:

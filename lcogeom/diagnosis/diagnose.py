@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lcogeom.diagnosis.finding import Finding, Report
@@ -19,7 +20,8 @@ from lcogeom.diagnosis.rule_weights import (
     ratio_blow_up,
 )
 from lcogeom.diagnosis.signals import Signals, signals_of
-from lcogeom.runs import Run, load_run
+from lcogeom.runs import Run, glossary, load_run
+from lcogeom.runs.columns import schema
 
 RULES: tuple[Callable[[Signals], list[Finding]], ...] = (
     unmasked_tokens,
@@ -57,17 +59,20 @@ def diagnose(run: Run | str | Path) -> Report:
         ValueError: it holds no update, or several runs; a file that is no log of a training run.
     """
     if isinstance(run, Run):
-        signals, notes = signals_of(run)
+        tables = run
     elif Path(run).is_file():
         from lcogeom.diagnosis.logs import read_log
 
         signals, notes = read_log(Path(run))
+        tokens, norms = (schema(table).empty_table().to_pandas() for table in ("tokens", "norms"))
+        tables = Run(Path(run), signals.meta, signals.updates, tokens, norms, glossary(), ())
+        return replace(report_of(signals, notes), run=tables)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is damaged is told in the report's notes
-            loaded = load_run(run)
-        signals, notes = signals_of(loaded)
-    return report_of(signals, notes)
+            tables = load_run(run)
+    signals, notes = signals_of(tables)
+    return replace(report_of(signals, notes), run=tables)
 
 
 def report_of(signals: Signals, notes: list[str]) -> Report:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
+
+from lcogeom.runs import Run
 
 HEALTHY = "healthy"
 
@@ -75,6 +78,8 @@ class Report:
     notes: tuple[str, ...]
     """What else a reader must know: damaged parts, columns not recognised, updates that are missing."""
     meta: Mapping[str, object] = field(default_factory=dict)
+    run: Run | None = field(default=None, repr=False)
+    """Its tables, which the page draws; of a plain log, updates alone. None in a report made by hand."""
 
     @property
     def cause(self) -> str:
@@ -85,3 +90,19 @@ class Report:
     def update(self) -> int | None:
         """The first update concerned, of the first finding."""
         return self.findings[0].update if self.findings else None
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the findings and the pictures of the run as one file that opens offline, of a few MiB at most.
+
+        Time lines with the events marked; of the updates that findings name, the tokens coloured by their part of the
+        gradient, the phase diagram and the layers. The page runs no script but its own and fetches nothing.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the report was made by hand and knows no run.
+        """
+        from lcogeom.diagnosis.html import write_html
+
+        if self.run is None:
+            raise ValueError("run: this report knows no run to draw; take it from diagnose(), or give Report(run=...).")
+        write_html(self, self.run, path)
