@@ -13,7 +13,7 @@ from lcogeom.curvature import (
     hvp,
     model_hessian,
 )
-from lcogeom.diagnosis import Comparison, compare
+from lcogeom.diagnosis import CAUSES, Comparison, Finding, Report, compare, diagnose
 from lcogeom.geometry import (
     Cosines,
     ExtremeEigenvalues,
@@ -69,6 +69,7 @@ from lcogeom.runs import BlackBoxEntry, NonFinite, RecordedBatch, Run, Sketches,
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAUSES",
     "ActionObjective",
     "AdamState",
     "AuditReport",
@@ -79,6 +80,7 @@ __all__ = [
     "Cosines",
     "CurvatureTerms",
     "ExtremeEigenvalues",
+    "Finding",
     "GradientCosines",
     "Guarded",
     "Intervention",
@@ -92,6 +94,7 @@ __all__ = [
     "Probe",
     "RecordedBatch",
     "ReplayedBatch",
+    "Report",
     "RouteCheck",
     "RouteError",
     "Run",
@@ -111,6 +114,7 @@ __all__ = [
     "compare",
     "compare_objectives",
     "cosine",
+    "diagnose",
     "directionality",
     "extreme_eigenvalues",
     "flat_matvec",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lcogeom.cli_compare import compare_command
+from lcogeom.cli_diagnose import diagnose_command
 from lcogeom.cli_options import option_value
 from lcogeom.cli_train import EPILOG, train_command
 
@@ -114,6 +115,7 @@ def _print_recipe(trainer: str | None) -> None:
 
 
 app.command("train", epilog=EPILOG)(train_command)
+app.command("diagnose")(diagnose_command)
 app.command("compare")(compare_command)
 
 

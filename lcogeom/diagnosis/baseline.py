@@ -31,18 +31,17 @@ class Usual:
         return self.excess / self.scatter
 
 
-def usual(values: np.ndarray, least: int = 3, prior: float = PRIOR, skip: np.ndarray | None = None) -> Usual:
+def usual(values: np.ndarray, least: int = 3, prior: float = PRIOR) -> Usual:
     """The running baseline of positive numbers; zeros and what is not finite say nothing of what is usual.
 
     Args:
         values: (U,).
         least: values that must be known before.
         prior: scatter in log units that is assumed where few are known.
-        skip: (U,) bool: updates that are no baseline for later ones.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where((values > 0) & np.isfinite(values), np.log(values), np.nan)
-    before = pd.Series(logs if skip is None else np.where(skip, np.nan, logs)).shift(1)
+    before = pd.Series(logs).shift(1)
     rolling = before.rolling(WINDOW, min_periods=least)
     level = rolling.median()
     count = rolling.count().fillna(0.0)
@@ -50,7 +49,8 @@ def usual(values: np.ndarray, least: int = 3, prior: float = PRIOR, skip: np.nda
     off = (before - level.shift(1).fillna(before.expanding().median())).abs()
     spread = 1.4826 * off.rolling(WINDOW, min_periods=1).median().fillna(0.0)
     scatter = np.sqrt((count * spread**2 + PRIOR_UPDATES * prior**2) / (count + PRIOR_UPDATES))
-    return Usual(np.exp(level.to_numpy()), scatter.to_numpy(), logs - level.to_numpy())
+    middle = level.to_numpy()
+    return Usual(np.exp(middle), np.asarray(scatter), logs - middle)
 
 
 def first(found: np.ndarray) -> int | None:

@@ -172,5 +172,5 @@ CAUSES: dict[str, Cause] = {
         ),
     )
 }
-"""Every cause that a finding may have, by id. Their order is that of an update: the data, the weights of its tokens, the
-backward pass, the optimiser's step, the policy after it. Within one update, what comes earlier is the cause."""
+"""Every cause that a finding may have, by id. Their order is that of an update: the data, the weights of its tokens,
+the backward pass, the optimiser's step, the policy after it. Within one update, what comes earlier is the cause."""

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding, Report
 from lcogeom.diagnosis.ranking import rank
 from lcogeom.diagnosis.rule_data import advantage_outlier, behaviour_mismatch, no_signal, unmasked_tokens
@@ -22,6 +25,9 @@ from lcogeom.diagnosis.rule_weights import (
 from lcogeom.diagnosis.signals import Signals, signals_of
 from lcogeom.runs import Run, glossary, load_run
 from lcogeom.runs.columns import schema
+
+SPIKE, SURE = np.log(10.0), 5.0
+"""Of a gradient that is worth a note: times its median before (the black box's own trigger), and in scatters of it."""
 
 RULES: tuple[Callable[[Signals], list[Finding]], ...] = (
     unmasked_tokens,
@@ -78,6 +84,23 @@ def diagnose(run: Run | str | Path) -> Report:
 def report_of(signals: Signals, notes: list[str]) -> Report:
     """The report of what the rules find."""
     findings = rank(finding for rule in RULES for finding in rule(signals))
+    notes = notes + ([] if findings else _unexplained(signals))
     found = {finding.cause for finding in findings}
     missing = tuple(one for one in signals.missing if one.cause not in found)
     return Report(signals.source, signals.size, findings, missing, tuple(notes), dict(signals.meta))
+
+
+def _unexplained(signals: Signals) -> list[str]:
+    """A gradient far above all before that no rule accounts for: said, but no finding."""
+    gradient = signals.gradient
+    if gradient is None:
+        return []
+    known = usual(gradient, least=5)
+    at = first((known.excess > SPIKE) & (known.score > SURE))
+    if at is None:
+        return []
+    times = np.exp(known.excess[at])
+    return [
+        f"at update {signals.steps[at]} the gradient's norm is {gradient[at]:.3g}, {times:.3g} times its median "
+        "before, and nothing that was recorded says why"
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -90,6 +91,18 @@ class Report:
     def update(self) -> int | None:
         """The first update concerned, of the first finding."""
         return self.findings[0].update if self.findings else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it: numbers that are not finite are texts ('nan', 'inf'), tokens are rows."""
+        from lcogeom.diagnosis.writing import report_as_dict
+
+        return report_as_dict(self)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown. What the model wrote stands in code spans, where nothing in it is interpreted."""
+        from lcogeom.diagnosis.writing import report_as_markdown
+
+        return report_as_markdown(self)
 
     def write_html(self, path: str | Path) -> None:
         """Write the findings and the pictures of the run as one file that opens offline, of a few MiB at most.

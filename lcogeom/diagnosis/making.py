@@ -12,7 +12,7 @@ from lcogeom.diagnosis.finding import Evidence, Finding
 from lcogeom.diagnosis.signals import Signals
 
 
-def make(
+def make(  # noqa: PLR0917
     s: Signals,
     cause: str,
     at: int,
@@ -71,4 +71,4 @@ def heaviest(finding_tokens: pd.DataFrame) -> str:
 
 
 def _whole(value: object) -> str:
-    return "?" if value is None or pd.isna(value) else str(int(value))  # type: ignore[call-overload, arg-type]
+    return "?" if value is None or pd.isna(value) else str(int(value))  # type: ignore[call-overload]

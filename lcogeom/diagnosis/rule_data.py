@@ -13,8 +13,8 @@ from lcogeom.diagnosis.signals import Signals
 OUTSIDE = 1e-3
 """Of the squared gradient: exactly 0 with a right mask, and rounding leaves less than 1e-6."""
 TAIL, TAILED = 2, 0.25
-"""Repeated tokens at a sequence's end that make a tail, and the share of an update's sequences that end so, all with one
-token: a policy that repeats itself does so with tokens of its choice, and stops at the end of sequence."""
+"""Repeated tokens at a sequence's end that make a tail, and the share of an update's sequences that end so, all with
+one token: a policy that repeats itself does so with tokens of its choice, and stops at the end of sequence."""
 SURPRISE = 0.5
 """Nat: mean of -log pi - entropy, which is 0 for tokens that the policy sampled (E[-log pi] is the entropy)."""
 APART = 0.03
@@ -90,15 +90,18 @@ def _padding(s: Signals) -> list[Finding]:
 
 
 def _not_sampled(s: Signals) -> list[Finding]:
-    """A bulk of marked tokens that surprise the policy more than its entropy allows, at the beginning of completions."""
+    """The first marked tokens surprise the policy more than its entropy allows, and sequences have them in common."""
     tokens, logprob, entropy = s.tokens, s.token("logprob"), s.token("entropy")
     position, ids = s.token("position"), s.token("token_id")
     if tokens is None or logprob is None or entropy is None or position is None or s.token("old_logprob") is None:
         return []  # without a behaviour policy (SFT) nobody says that the policy sampled them
-    surprise = -logprob - entropy
     early = position < 3
-    excess, agree = tokens.mean(surprise, early), _agreement(s, early)
-    expected = tokens.mean(np.nan_to_num(s.token("sum_sq_prob"), nan=0.0), early) if ids is not None else agree
+    excess = tokens.mean(-logprob - entropy, early)
+    squares = s.token("sum_sq_prob")
+    if ids is None or squares is None:
+        return []
+    expected = tokens.mean(squares, early)  # of two samples of one policy
+    agree = _agreement(s, early)
     at = first((excess > SURPRISE) & (agree - expected > 0.3))
     if at is None:
         return []
@@ -132,6 +135,8 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     """Ratios that are not 1 on a rollout that no update was made on."""
     tokens, ratio = s.tokens, s.token("ratio")
     if tokens is None or ratio is None:
+        if s.get("sampler_gap") is not None:
+            return _logged(s, "behaviour-mismatch", "sampler_gap", 10 * APART, "apart from the sampler's, nat a token")
         if s.tokens is not None and s.token("advantage") is not None:
             s.lacks("behaviour-mismatch", "old_logprob", "pass old_logprobs to probe.batch()", "tokens")
         return []
@@ -184,6 +189,8 @@ def advantage_outlier(s: Signals) -> list[Finding]:
     """The largest |A| of an update against those of other updates."""
     tokens, advantage = s.tokens, s.token("advantage")
     if tokens is None or advantage is None:
+        if s.get("advantage_max") is not None:
+            return _logged(s, "advantage-outlier", "advantage_max", None, "largest advantage")
         if s.tokens is not None and s.token("old_logprob") is not None:
             s.lacks("advantage-outlier", "advantage", "pass advantages to probe.batch()", "tokens")
         return []
@@ -209,13 +216,31 @@ def advantage_outlier(s: Signals) -> list[Finding]:
     proof = [
         s.evidence("advantage", at, largest[at], reference[at], f"largest |A|, {times:.3g} times any before", "tokens")
     ]
-    who = np.unique(s.token("sequence")[chosen]) if s.token("sequence") is not None else []  # type: ignore[index]
+    numbers = s.token("sequence")
+    who = np.unique(numbers[chosen]) if numbers is not None else np.array([])
     where = f"sequence {int(who[0])}" if len(who) == 1 else None
     sentence = (
         f"At update {s.steps[at]} an advantage of size {number(largest[at])} appears{f' in {where}' if where else ''}, "
         f"{times:.3g} times the largest usual one; its tokens make {share:.0%} of the squared gradient."
     )
     return [make(s, "advantage-outlier", at, 0.95, sentence, proof, share=share, where=where, chosen=chosen)]
+
+
+def _logged(s: Signals, cause: str, column: str, limit: float | None, says: str) -> list[Finding]:
+    """From one number of a plain log: above a limit, or OUTLIER times what it ever was before."""
+    values = s.get(column)
+    assert values is not None
+    before = np.r_[np.nan, np.fmax.accumulate(np.nan_to_num(values, nan=0.0))[:-1]]
+    known = np.cumsum(np.isfinite(values)) > 3
+    at = first(values > limit) if limit is not None else first(known & (before > 0) & (values > OUTLIER * before))
+    if at is None:
+        return []
+    reference = limit if limit is not None else before[at]
+    proof = [s.evidence(column, at, values[at], reference, says)]
+    sentence = (
+        f"At update {s.steps[at]} the log's {column} is {number(values[at])} ({says}; against {number(reference)})."
+    )
+    return [make(s, cause, at, 0.6, sentence, proof)]
 
 
 def no_signal(s: Signals) -> list[Finding]:
@@ -252,16 +277,17 @@ def no_signal(s: Signals) -> list[Finding]:
             break
     else:
         return []
-    proof = [s.evidence(column, at, 0.0, None, f"zero at every token for {length} rollouts", "tokens")]
+    table = "tokens" if column == "advantage" else None
+    proof = [s.evidence(column, int(at), 0.0, None, f"zero for {length} rollouts in a row", table)]
     sentence = (
-        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all, which chance "
-        f"brings to {rate:.2g} of them: all completions score alike, and the updates teach nothing."
+        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all (chance leaves {rate:.1%} "
+        "of rollouts without): all completions score alike, and the updates teach nothing."
     )
     return [make(s, "no-signal", int(at), 0.95, sentence, proof)]
 
 
 def _share_without(s: Signals, zero: np.ndarray) -> float:
-    """The chance that no group of a rollout has an advantage, from how often single groups have none; 1 if not known."""
+    """The chance that no group of a rollout has an advantage, from how often one has none; 1 if that is not known."""
     tokens, advantage = s.tokens, s.token("advantage")
     if tokens is None or advantage is None:
         return 1.0

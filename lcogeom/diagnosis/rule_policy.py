@@ -17,7 +17,7 @@ from lcogeom.runs import BlackBoxEntry
 BATCHES = 8
 """Updates whose median is taken."""
 COLLAPSED, LEARNED = 1 / 3, 0.05
-"""Of the entropy that the run began with, where rewards did not rise, and where they did: learning sharpens a policy."""
+"""Of the entropy that the run began with, where rewards did not rise, and where they did: to learn is to grow surer."""
 ALIKE = 0.05
 """Cosine of the logit gradients with the vector of ones: rounding leaves 1e-6, a z-loss of 1e-4 about 0.01."""
 HEADS = ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "output")
@@ -124,8 +124,8 @@ def _head_moves(s: Signals) -> list[Finding]:
     if level is not None:
         proof.append(s.evidence("logsumexp", s.size - 1, level[-1], level[at], "log normaliser at the end, and here"))
     sentence = (
-        f"From update {s.steps[at]} on something other than the optimiser changes {name} after every step, and it alone: "
-        "all logits move with it."
+        f"From update {s.steps[at]} on something other than the optimiser changes {name} after every step, and it "
+        "alone: all logits move with it."
     )
     return [make(s, "logit-drift", at, 0.85, sentence, proof, where=name)]
 
@@ -150,8 +150,8 @@ def _normaliser_moves(s: Signals) -> list[Finding]:
     begins = int(inside[-1]) + 1 if len(inside) else at
     proof = [s.evidence("logsumexp", at, level[at], start, "log normaliser, nat; at the beginning of the run")]
     sentence = (
-        f"From update {s.steps[begins]} on the logits drift together: their log normaliser goes from {number(start)} to "
-        f"{number(level[at])} nat by update {s.steps[at]}, which no probability shows."
+        f"From update {s.steps[begins]} on the logits drift together: their log normaliser goes from {number(start)} "
+        f"to {number(level[at])} nat by update {s.steps[at]}, which no probability shows."
     )
     return [make(s, "logit-drift", begins, 0.8, sentence, proof)]
 
@@ -159,9 +159,14 @@ def _normaliser_moves(s: Signals) -> list[Finding]:
 def non_finite(s: Signals) -> list[Finding]:
     """The first update with a NaN or an infinity, and the tensor where it began."""
     column = _first_not_finite(s)
-    told = [(entry.step, entry.reason, entry) for entry in s.black_box if _says_so(entry)]
+    told: list[tuple[int, str, BlackBoxEntry | None]] = [
+        (entry.step, entry.reason, entry) for entry in s.black_box if _says_so(entry)
+    ]
     told += [(event["step"], event["reason"], None) for event in s.events if _named(event["reason"])]
-    step, reason, entry = min(told, key=lambda one: one[0]) if told else (None, "", None)
+    step: int | None = None
+    reason, entry = "", None
+    if told:
+        step, reason, entry = min(told, key=lambda one: one[0])
     if column is not None and (step is None or s.steps[column[0]] < step):
         step, entry, reason = int(s.steps[column[0]]), None, ""
     if step is None:

@@ -47,7 +47,7 @@ def _weights_changed(s: Signals) -> list[Finding]:
     if layers is None:
         return []
     moved = layers.moved_between / layers.weight_norm
-    # Without that column: by the triangle inequality a norm changes by no more than the step, but for the sketch's error.
+    # Without that column: by the triangle inequality a norm changes by no more than the step, apart from sketching.
     change = np.abs(np.diff(layers.weight_norm, axis=0, prepend=np.nan))
     step = np.r_[np.full((1, len(layers.names)), np.nan), layers.update_norm[:-1]]
     beyond = np.where(change > 2 * step, change, 0.0) / layers.weight_norm
@@ -98,8 +98,8 @@ def _gradient_changed(s: Signals) -> list[Finding]:
         s.evidence("grad_norm_clipped", at, layers.received[at, place], None, f"of {name}, at the optimiser", "norms"),
     ]
     sentence = (
-        f"At update {s.steps[at]} the gradient of {name} is multiplied by {times:.3g} against the other layers' between "
-        "the backward pass and the optimiser, which clipping does not do."
+        f"At update {s.steps[at]} the gradient of {name} is multiplied by {times:.3g} against the other layers' "
+        "between the backward pass and the optimiser, which clipping does not do."
     )
     return [make(s, "layer-amplification", at, 0.95, sentence, proof, where=name)]
 
@@ -142,8 +142,9 @@ def _grows_backwards(s: Signals) -> list[Finding]:
         s.evidence("grad_norm", at, math.exp(most[at]), math.exp(least[at]), "growth, most and least", "norms"),
     ]
     sentence = (
-        f"At update {s.steps[at]} the gradient grows {math.exp(most[at]):.3g} times as much as usual on its way back from "
-        f"the logits, beginning at {name}; the layer that changed least sees {math.exp(least[at]):.3g} times its usual."
+        f"At update {s.steps[at]} the gradient grows {math.exp(most[at]):.3g} times as much as usual on its way back "
+        f"from the logits, beginning at {name}; the layer that changed least sees {math.exp(least[at]):.3g} times its "
+        "usual one."
     )
     return [make(s, "layer-amplification", at, 0.8, sentence, proof, where=name)]
 
@@ -286,8 +287,9 @@ def _out_of_proportion(s: Signals) -> list[Finding]:
         s.evidence("grad_norm_clipped", at, math.exp(grew[at]), 1.0, "times its usual norm, the gradient"),
     ]
     sentence = (
-        f"At update {s.steps[at]} the step is {math.exp(lag.excess[at]):.3g} times as long as usual at its learning rate, "
-        f"though the gradient is {math.exp(grew[at]):.3g} times its usual size: the optimiser's state does not fit it."
+        f"At update {s.steps[at]} the step is {math.exp(lag.excess[at]):.3g} times as long as usual at its learning "
+        f"rate, though the gradient is {math.exp(grew[at]):.3g} times its usual size: the optimiser's state does not "
+        "fit it."
     )
     return [make(s, "optimizer-lag", at, 0.85 if rates is not None else 0.5, sentence, proof)]
 
@@ -321,8 +323,8 @@ def _absolute_step(s: Signals) -> list[Finding]:
         return []
     proof = [s.evidence("update_norm", at, step[at], weights[at], "norm of the step, beside that of the weights")]
     sentence = (
-        f"At update {s.steps[at]} one step moves the weights by {relative[at]:.0%} of their norm: what the gradient said "
-        "does not hold so far away."
+        f"At update {s.steps[at]} one step moves the weights by {relative[at]:.0%} of their norm: what the gradient "
+        "said does not hold so far away."
     )
     return [make(s, "step-too-large", at, 0.9, sentence, proof)]
 
@@ -349,8 +351,8 @@ def _taken_back(s: Signals) -> list[Finding]:
         s.evidence("step_undone", at, share, 0.0, "of the last step is taken back, here and in the next updates"),
     ]
     sentence = (
-        f"From update {s.steps[at]} on the weights are changed after each step, which takes {share:.0%} of it back: they "
-        "are rounded to a format that does not hold steps of this size."
+        f"From update {s.steps[at]} on the weights are changed after each step, which takes {share:.0%} of it back: "
+        "they are rounded to a format that does not hold steps of this size."
     )
     return [make(s, "precision-loss", at, 0.9, sentence, proof)]
 

@@ -25,8 +25,8 @@ NOTICED = 0.02
 OUTWEIGHS = 3.0
 """Times the weight of the typical sequence, both with and without account of its length."""
 CLIPPED = 0.5
-"""Of the gradient called for, over a rollout: from here on clipping decides more than advantages do. PPO with four inner
-epochs loses 0.1 to 0.4."""
+"""Of the gradient called for, over a rollout: from here on clipping decides more than advantages do. PPO with four
+inner epochs loses 0.1 to 0.4."""
 SATURATED = 0.999
 """Probability from which on a slope of 0 may be rounding."""
 RARE = (1e-3, 1e-4)
@@ -42,7 +42,34 @@ def loss_scale_jump(s: Signals) -> list[Finding]:
     exact = s.loss_weights
     if exact is not None and s.tokens is not None:
         return _scale_of_weights(s, exact)
-    return []
+    return _scale_of_log(s)
+
+
+def _scale_of_log(s: Signals) -> list[Finding]:
+    """A positive loss (SFT's) and its gradient jump by the same factor, which no batch does."""
+    loss, gradient = s.get("loss"), s.gradient
+    if loss is None or gradient is None or not (loss[np.isfinite(loss)] > 0).all():
+        return []
+    high, steep = usual(loss), usual(gradient)
+    same = np.abs(high.excess - steep.excess) < 3 * np.hypot(high.scatter, steep.scatter)
+    entropy = s.get("entropy")
+    if entropy is None:  # a policy that was thrown about has a larger loss and gradient as well, but another entropy
+        return []
+    same &= np.abs(usual(entropy).excess) < math.log(1.2)
+    at = first(same & (np.abs(high.excess) > math.log(3)) & (np.abs(high.score) > 6) & (np.abs(steep.score) > 3))
+    if at is None:
+        return []
+    factor = math.exp(high.excess[at])
+    proof = [
+        s.evidence("loss", at, loss[at], high.level[at], "loss"),
+        s.evidence("grad_norm", at, gradient[at], steep.level[at], "norm of the gradient"),
+    ]
+    s.lacks("loss-scale-jump", "d1", "whether it is the factor alone; record with lcogeom.attach", "tokens")
+    sentence = (
+        f"At update {s.steps[at]} the loss is {factor:.3g} times its usual value and its gradient "
+        f"{math.exp(steep.excess[at]):.3g} times: both were multiplied by one factor."
+    )
+    return [make(s, "loss-scale-jump", at, 0.6, sentence, proof)]
 
 
 def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
@@ -195,8 +222,8 @@ def negative_rare_token(s: Signals) -> list[Finding]:
     ]
     chosen = rare & (tokens.update == at)
     sentence = (
-        f"At update {s.steps[at]}, {here_count:.0f} tokens with a negative advantage have a probability below {limit:g} "
-        f"({usual_count:.1f} were to be expected) and make {share:.0%} of the squared gradient"
+        f"At update {s.steps[at]}, {here_count:.0f} tokens with a negative advantage have a probability below "
+        f"{limit:g} ({usual_count:.1f} were to be expected) and make {share:.0%} of the squared gradient"
         f"{heaviest(tokens.named(at, chosen))}."
     )
     return [make(s, "negative-rare-token", at, 0.85, sentence, proof, chosen=chosen)]
@@ -267,8 +294,8 @@ def clip_saturation(s: Signals) -> list[Finding]:
         hint = f" {inside:.0%} of the clipped tokens are within the declared bounds: those in use are tighter."
         proof.append(s.evidence("ratio", at, inside, 0.0, "of the clipped tokens are within declared bounds", "tokens"))
     sentence = (
-        f"From update {s.steps[at]} on, {mean[rollout[at]]:.0%} of the gradient that the rollout's advantages call for is "
-        f"clipped away: the updates are made of the rest.{hint}"
+        f"From update {s.steps[at]} on, {mean[rollout[at]]:.0%} of the gradient that the rollout's advantages call for "
+        f"is clipped away: the updates are made of the rest.{hint}"
     )
     chosen = flat & (tokens.update == at)
     return [make(s, "clip-saturation", at, 0.9, sentence, proof, share=0.0, chosen=chosen)]

@@ -67,7 +67,13 @@ class Signals:
 
     def token(self, name: str) -> np.ndarray | None:
         """A column of `tokens` (M,), or None."""
-        return None if self.tokens is None else self.tokens.get(name)
+        if self.tokens is None:
+            return None
+        found = self.tokens.get(name)
+        if found is None and name == "ratio":
+            now, old = self.tokens.get("logprob"), self.tokens.get("old_logprob")
+            return None if now is None or old is None else np.exp(now - old)
+        return found
 
     def lacks(self, cause: str, column: str, why: str, table: str | None = None) -> None:
         """A column that would have decided is not there."""
@@ -146,7 +152,8 @@ def signals_of(run: Run) -> tuple[Signals, list[str]]:
         notes.append(f"updates {steps[place] + 1} to {steps[place + 1] - 1} are missing")
     known = {(row.table, row.name) for row in run.columns[["table", "name"]].itertuples(index=False)}
     for table, frame in (("updates", run.updates), ("tokens", run.tokens), ("norms", run.norms)):
-        labels = set(run.meta.get("labels") or {}) if isinstance(run.meta.get("labels"), Mapping) else set()
+        own = run.meta.get("labels")
+        labels = set(own) if isinstance(own, Mapping) else set()
         strange = [str(name) for name in frame.columns if (table, name) not in known and name not in labels]
         if strange:
             notes.append(f"columns of {table} that are not the recorder's were not read: {', '.join(sorted(strange))}")
