@@ -111,7 +111,7 @@ def _updates(report: Report, run: Run) -> str:
         charts = phase(heavy, objective) if len(heavy) else ""
         parts.append(
             f'<section id="update-{update}"><h2>{heading.format(update)}{chips}</h2>{heatmap(heavy)}'
-            f'<div class="charts">{charts}<div>{layers(run.norms, update, where)}</div></div></section>'
+            f'<div class="charts">{charts}{layers(run.norms, update, where)}</div></section>'
         )
     return "".join(parts)
 

@@ -55,7 +55,7 @@ PANELS = (
         always=True,
     ),
     Panel("Norm of the step", "weight", "log", {"update_norm": "θ after − θ before"}, always=True),
-    Panel("Gradient norm in the logits", "loss", "log", {"logit_grad_norm": "all completion tokens"}, always=True),
+    Panel("Gradient norm in the logits", "loss", "log", {"logit_grad_norm": "all completion tokens"}),
     Panel("Loss", "loss", "signed", {"loss": "as back-propagated"}, always=True),
     Panel(
         "Ratio, current / behaviour policy",
@@ -222,7 +222,7 @@ def _scale(scale: str, values: np.ndarray, bottom: float, top: float) -> svg.Axi
         finite = np.abs(values[np.isfinite(values)])
         usual = float(np.median(finite)) if len(finite) else 1.0
         if len(finite) and finite.max() > 50 * max(usual, 1e-12):
-            return svg.symmetric_log(values, bottom, top, even=10.0 ** np.ceil(np.log10(max(usual, 1e-12))))
+            return svg.symmetric_log(values, bottom, top, even=10.0 ** np.ceil(np.log10(max(usual, 1e-12))), most=2)
         return svg.linear(values, bottom, top)
     finite = values[np.isfinite(values)]
     return svg.linear(values, bottom, top, low=0.0 if len(finite) and finite.min() >= 0 else None)
