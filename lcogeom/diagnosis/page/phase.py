@@ -36,7 +36,7 @@ def phase(heavy: Heavy, objective: str | None) -> str:
     size = np.abs(pull[rows][np.isfinite(pull[rows])])
     usual = float(np.median(size[size > 0])) if (size > 0).any() else 1.0
     up = svg.symmetric_log(
-        pull[rows], HEIGHT - BELOW, TOP, even=10.0 ** np.floor(np.log10(max(usual, 1e-290))) / 10, most=4
+        3 * pull[rows], HEIGHT - BELOW, TOP, even=10.0 ** np.floor(np.log10(max(usual, 1e-290))) / 10, most=4
     )
     zero, half = float(up(0)), float(across(0.5))
     parts = [_regions(objective if unit == "ratio" else None, half, zero)]
