@@ -101,6 +101,6 @@ def _unexplained(signals: Signals) -> list[str]:
         return []
     times = np.exp(known.excess[at])
     return [
-        f"at update {signals.steps[at]} the gradient's norm is {gradient[at]:.3g}, {times:.3g} times its median before, "
-        "and nothing that was recorded says why"
+        f"at update {signals.steps[at]} the gradient's norm is {gradient[at]:.3g}, {times:.3g} times its median "
+        "before, and nothing that was recorded says why"
     ]

@@ -91,7 +91,7 @@ def read_log(path: Path) -> tuple[Signals, list[str]]:
         )
     signals = Signals(str(path), steps, logged.reset_index(drop=True), {}, None, None, table="log")
     for cause, (table, column, why) in LACKING.items():
-        if column not in logged:
+        if table != "updates" or column not in logged:
             signals.lacks(cause, column, f"{why}; record with lcogeom.attach", table)
     return signals, notes
 

@@ -280,8 +280,8 @@ def no_signal(s: Signals) -> list[Finding]:
     table = "tokens" if column == "advantage" else None
     proof = [s.evidence(column, int(at), 0.0, None, f"zero for {length} rollouts in a row", table)]
     sentence = (
-        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all, which chance "
-        f"brings to {rate:.0%} of them: all completions score alike, and the updates teach nothing."
+        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all (chance leaves {rate:.1%} "
+        "of rollouts without): all completions score alike, and the updates teach nothing."
     )
     return [make(s, "no-signal", int(at), 0.95, sentence, proof)]
 

@@ -39,11 +39,11 @@ def loss_weights(s: Signals) -> np.ndarray | None:
             forms.append(per_advantage / np.where(ratio > 0, ratio, np.nan))
     forms.append(one)
     forms += _of_targets(s)
-    found, best = None, TIGHT
+    found, best = None, np.inf
     for form in forms:
-        scatter = _scatter(s, form)
-        if scatter < best * 0.99:
-            found, best = form, scatter
+        typical, wide = _scatter(s, form)
+        if typical < TIGHT and wide < best:
+            found, best = form, wide
     return found
 
 
@@ -65,14 +65,18 @@ def _of_targets(s: Signals) -> list[np.ndarray]:
     return [np.where(there & np.isfinite(form), form, np.nan) for form in found]
 
 
-def _scatter(s: Signals, form: np.ndarray) -> float:
-    """Median over tokens of |log form - its sequence's median|."""
+def _scatter(s: Signals, form: np.ndarray) -> tuple[float, float]:
+    """Median and 90 % quantile over tokens of |log form - its sequence's median|.
+
+    The median says whether a form holds, apart from saturated tokens; the quantile tells forms apart that differ where
+    ratios are not 1, which may be in few updates.
+    """
     tokens = s.tokens
     assert tokens is not None
     logs = np.log(form[:ROWS])
     known = np.isfinite(logs)
     if known.sum() < 2:
-        return np.inf
+        return np.inf, np.inf
     sequence, logs = tokens.sequence[:ROWS][known], logs[known]
     order = np.lexsort((logs, sequence))
     sequence, logs = sequence[order], logs[order]
@@ -80,4 +84,7 @@ def _scatter(s: Signals, form: np.ndarray) -> float:
     sizes = np.diff(np.r_[starts, len(sequence)])
     middle = logs[starts + (sizes - 1) // 2]
     shared = np.repeat(sizes, sizes) > 1
-    return float(np.median(np.abs(logs - np.repeat(middle, sizes))[shared])) if shared.any() else np.inf
+    if not shared.any():
+        return np.inf, np.inf
+    off = np.abs(logs - np.repeat(middle, sizes))[shared]
+    return float(np.median(off)), float(np.quantile(off, 0.9))
