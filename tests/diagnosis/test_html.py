@@ -66,8 +66,12 @@ def page(browser: Page, file: Path) -> Page:
     return browser
 
 
-def test_same_report_same_page(run: lg.Run) -> None:
-    assert html_page(report_of(run), run) == html_page(report_of(run), run)
+def test_same_report_same_page(run: lg.Run, tmp_path: Path) -> None:
+    page = html_page(report_of(run), run)
+    replace(report_of(run), run=run).write_html(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == page
+    with pytest.raises(ValueError, match=r"run: this report knows no run to draw; .* diagnose\(\)"):
+        report_of(run).write_html(tmp_path / "report.html")
 
 
 @needs_chromium
