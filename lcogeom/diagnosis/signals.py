@@ -67,7 +67,13 @@ class Signals:
 
     def token(self, name: str) -> np.ndarray | None:
         """A column of `tokens` (M,), or None."""
-        return None if self.tokens is None else self.tokens.get(name)
+        if self.tokens is None:
+            return None
+        found = self.tokens.get(name)
+        if found is None and name == "ratio":
+            now, old = self.tokens.get("logprob"), self.tokens.get("old_logprob")
+            return None if now is None or old is None else np.exp(now - old)
+        return found
 
     def lacks(self, cause: str, column: str, why: str, table: str | None = None) -> None:
         """A column that would have decided is not there."""

@@ -6,6 +6,8 @@ For every loss that is an average of -A r, of -A log pi or of -log pi (method.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lcogeom.diagnosis.signals import Signals
@@ -37,7 +39,8 @@ def loss_weights(s: Signals) -> np.ndarray | None:
         forms.append(per_advantage)
         if ratio is not None:
             forms.append(per_advantage / np.where(ratio > 0, ratio, np.nan))
-    forms.append(one)
+    if advantage is None and _without_advantages(s):
+        forms.append(one)
     forms += _of_targets(s)
     found, best = None, np.inf
     for form in forms:
@@ -45,6 +48,12 @@ def loss_weights(s: Signals) -> np.ndarray | None:
         if typical < TIGHT and wide < best:
             found, best = form, wide
     return found
+
+
+def _without_advantages(s: Signals) -> bool:
+    """Whether the loss is one of log pi alone: advantages that were not recorded would pass for its weights."""
+    named = s.meta.get("objective")
+    return isinstance(named, Mapping) and named.get("name") == "sft"
 
 
 def _of_targets(s: Signals) -> list[np.ndarray]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 
 import lcogeom as lg
 from lcogeom.runs import RunWriter
-from tests.diagnosis.synthetic import META, Columns, write
+from tests.diagnosis.synthetic import META, write
 from tests.diagnosis.test_rules import AT, at, one_huge_advantage, since, weights_replaced
 from tests.runs.folders import part_file
 
 
-def without(tables: dict[str, list[str] | None]) -> object:
+def without(tables: dict[str, list[str] | None]) -> Callable[[lg.Run], lg.Run]:
     """Drops columns (None: the whole table) of a run read back, as if they had never been recorded."""
 
     def drop(run: lg.Run) -> lg.Run:
-        from dataclasses import replace
-
         frames = {}
         for table, names in tables.items():
             frame = getattr(run, table)
@@ -76,11 +76,9 @@ def test_a_collection_names_its_runs(tmp_path: Path) -> None:
 
 
 def test_columns_of_strangers(tmp_path: Path) -> None:
-    def strange(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
-        row["mood"] = "good" if update % 2 else "bad"
-        tokens["colour"] = np.array(["red"] * len(tokens["logprob"]), dtype=object)
-
-    report = lg.diagnose(write(tmp_path / "run", strange))
+    run = lg.load_run(write(tmp_path / "run"))
+    updates, tokens = run.updates.assign(mood="good"), run.tokens.assign(colour="red")
+    report = lg.diagnose(replace(run, updates=updates, tokens=tokens))
     assert report.findings == ()
     assert any("mood" in note for note in report.notes)
     assert any("colour" in note for note in report.notes)
@@ -104,10 +102,6 @@ def test_damaged_parts(table: str, tmp_path: Path) -> None:
 
 
 def test_updates_that_are_missing_or_twice_there(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    import pandas as pd
-
     run = lg.load_run(write(tmp_path / "run", at(one_huge_advantage)))
     holes = run.updates[~run.updates["step"].isin([4, 5])]
     twice = pd.concat([holes, holes.iloc[:2]], ignore_index=True).sample(frac=1, random_state=0)
@@ -118,8 +112,6 @@ def test_updates_that_are_missing_or_twice_there(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     run = lg.load_run(write(tmp_path / "run"))
-    from dataclasses import replace
-
     later = replace(run, updates=run.updates.assign(step=run.updates["step"] + 500))
     report = lg.diagnose(replace(later, tokens=run.tokens.assign(step=run.tokens["step"] + 500)))
     assert report.findings == ()
