@@ -20,6 +20,8 @@ from lcogeom.runs import Run
 
 MOST_UPDATES = 4
 """Whose tokens and layers are on the page: those that findings name, in their order."""
+FEW_LAYERS = 14
+"""Up to so many, both profiles stand beside the phase diagram."""
 ABOUT = (
     "model",
     "objective",
@@ -59,6 +61,8 @@ def html_page(report: Report, run: Run) -> str:
         f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+    glossary = run.columns[run.columns["table"] == "updates"]
+    units = dict(zip(glossary["name"], glossary["unit"], strict=True))
     title = f"{report.cause} · {Path(report.source).name}"
     found = f"<h2>Findings</h2>{findings(report)}" if report.findings else ""
     return f"""<!DOCTYPE html>
@@ -76,7 +80,7 @@ def html_page(report: Report, run: Run) -> str:
 <main>
 {headline(report)}
 {found}
-<section><h2>Time lines</h2>{timelines(report, run.updates)}</section>
+<section><h2>Time lines</h2>{timelines(report, run.updates, units)}</section>
 {_updates(report, run)}
 {remarks(report)}
 </main>
@@ -102,16 +106,18 @@ def _updates(report: Report, run: Run) -> str:
                 ("Update {}: the largest gradient of this run, for comparison"),
             )
     objective = _objective(run.meta)
+    depth = run.norms["name"].nunique() if "name" in run.norms.columns else 0
     parts = []
     for place, update in enumerate(chosen):
         heavy = heavy_tokens(run, update, start=place * MOST_TOKENS)
         where = next((one.where for one in report.findings if one.update == update and one.where), None)
         numbered = [str(number) for number, one in enumerate(report.findings, 1) if one.update == update]
         chips = f' <span class="number">{", ".join(numbered)}</span>' if numbered else ""
+        few = " few" if depth <= FEW_LAYERS else ""
         charts = phase(heavy, objective) if len(heavy) else ""
         parts.append(
             f'<section id="update-{update}"><h2>{heading.format(update)}{chips}</h2>{heatmap(heavy)}'
-            f'<div class="charts">{charts}<div>{layers(run.norms, update, where)}</div></div></section>'
+            f'<div class="charts{few}">{charts}{layers(run.norms, update, where)}</div></section>'
         )
     return "".join(parts)
 

@@ -43,7 +43,8 @@ def training_figure(rows: pd.DataFrame) -> Figure:
             mine = rows[rows["task"] == task]
             for method in [name for name in METHODS if name in set(mine["method"])]:
                 draw_method(axes, mine[mine["method"] == method], METHODS[method])
-            axes.set_title(f"{TITLES.get(task, task)}, {mine['seed'].nunique()} seeds")
+            seeds = mine["seed"].nunique()
+            axes.set_title(f"{TITLES.get(task, task)}, {seeds} seed{'s' if seeds > 1 else ''}")
             axes.set_xlabel("Completions trained on")
             axes.set_ylim(0, 1)
         grid[0, 0].set_ylabel("Held-out reward")

@@ -118,9 +118,11 @@ class GradientMeter:
                 for place, gradient in enumerate(gradients):
                     layout = self._layouts.get(self._names[place])
                     if layout is not None and gradient is not None:
-                        split = split_attention(in_whole(gradient), layout)
-                        part = torch.stack([self._square(p, device, like=gradient) for p in split])
-                        squares.append(torch.where(plain, part / factors[place].square(), math.nan))
+                        part = clipped[place]
+                        if layout.sizes:
+                            split = split_attention(in_whole(gradient), layout)
+                            part = torch.stack([self._square(p, device, like=gradient) for p in split])
+                        squares.append(torch.where(plain, part.reshape(-1) / factors[place].square(), math.nan))
                 whole = self._ranks.total(torch.cat([clipped, *squares]))
                 clipped, before, attention = whole.tensor_split([len(gradients), 2 * len(gradients)])
                 found["grad_norm_clipped"] = clipped.sum().sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcogeom.recording.candidates import Rows, rows_of
 
-CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**23  # logits worked on together: the buffers stay near the CPU
+CPU_ELEMENTS, GPU_ELEMENTS = 2**21, 2**23  # logits worked on together: the buffers stay near the CPU
 SMALLEST = 1e-37  # of what has an inverse in float32
 LOWEST = -1e4  # exp of it is 0: logits of -inf count as such, without NaN
 

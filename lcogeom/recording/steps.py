@@ -137,15 +137,16 @@ class SketchedSteps:
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
         self._step: Tensor | None = None  # (cells, size), of the last one
-        self._between: Tensor | None = None  # (cells, size): what has changed the weights since
+        self._squares: Tensor | None = None  # (cells,), of it
+        self._still = False  # nothing has changed the weights since
+        self._between: Tensor | None = None  # (cells, size): what has, where it is known
 
     def before(self, visit: Visit) -> dict[str, Tensor]:
         first = self._weights is None
-        if self._weights is None or self._seen != self._versions():  # someone else has changed the weights
+        self._still, self._between = self._seen == self._versions(), None
+        if self._weights is None or not self._still:  # someone else has changed the weights
             last_weights, self._weights = self._weights, self._sketch_weights()
             self._between = None if last_weights is None else self._weights - last_weights
-        else:
-            self._between = torch.zeros_like(self._weights)
         self._stored = self._sketch.store("gradient", [part.grad for part in self._parameters], visit=visit)
         if first:
             self._stored += self._by_layer("weights", self._weights)
@@ -166,13 +167,17 @@ class SketchedSteps:
         }
         squares, old = self._by_key(norms), self._by_key(weights)
         between: dict[tuple[str, str], Tensor] = {}
-        if self._step is not None and self._between is not None:
-            changed = self._between.square().sum(1)
-            between = self._by_key(changed)
-            values["moved_between"] = changed.sum().sqrt()
-            values["step_undone"] = -(self._between * self._step).sum() / self._step.square().sum()
-            values["step_cos_prev"] = _cosine(step.flatten(), self._step.flatten())
-        self._step = step
+        if self._step is not None and self._squares is not None:
+            last, length = self._step.flatten(), self._squares.sum()
+            values["step_cos_prev"] = torch.dot(step.flatten(), last) / (norms.sum() * length).sqrt()
+            if self._still or self._between is not None:
+                moved = self._between
+                changed = torch.zeros_like(norms) if moved is None else moved.square().sum(1)
+                undone = torch.zeros_like(length) if moved is None else -torch.dot(moved.flatten(), last)
+                between = self._by_key(changed)
+                values["moved_between"] = changed.sum().sqrt()
+                values["step_undone"] = undone / length
+        self._step, self._squares = step, norms
         return StepFound(values, squares, old, between, self._stored + self._by_layer("step", step))
 
     def _by_key(self, cells: Tensor) -> dict[tuple[str, str], Tensor]:

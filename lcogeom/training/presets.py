@@ -30,7 +30,6 @@ SMOLLM2 = TrainSettings(
     samples=8,
     max_new_tokens=6,
     stop="\n",
-    inner_epochs=2,
     learning_rate=1e-5,
     updates=20,
     evaluate_every=5,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lcogeom.training.tasks import Problem, score
 
+PAGE = 256  # tokens of the cache of continuous batching that are given out together
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -53,6 +55,7 @@ def generate(
     stop: str | None = None,
     temperature: float = 1.0,
     synced: bool = False,
+    continuous: bool = False,
 ) -> list[Sample]:
     """Sample one completion for each problem from the full distribution.
 
@@ -61,6 +64,7 @@ def generate(
         seed: of the sampling; the global generators are left as they were.
         temperature: the distribution is softmax(logits / temperature).
         synced: several processes hold shards of the model: go on until the longest completion of all of them.
+        continuous: by transformers' continuous batching, over pages of a cache; other random numbers.
 
     Raises:
         ValueError: no problem, a prompt without a token, a tokenizer without a token to pad with.
@@ -72,33 +76,73 @@ def generate(
     empty = [number for number, ids in enumerate(prompts, start=1) if not ids]
     if empty:
         raise ValueError(f"problems: the prompt of problem {empty[0]} has no token; a completion needs one before it.")
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=model.device)
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     stops = stop_ids(tokenizer, stop)
+    config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,  # some models bring their own
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=list(stops) or None,
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,  # some models bring their own
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=list(stops) or None,
-            synced_gpus=synced,
-        )
+        if continuous:
+            rows = _continuously(model, prompts, config, seed)
+        else:
+            rows = _side_by_side(model, prompts, config, synced)
     samples = []
-    for problem, prompt, row in zip(problems, prompts, tokens[:, width:].tolist(), strict=True):
+    for problem, prompt, row in zip(problems, prompts, rows, strict=True):
         end = next((place for place, token in enumerate(row) if token in stops), len(row) - 1)
         kept = row[: end + 1]
         text = tokenizer.decode(kept, skip_special_tokens=True)
         samples.append(Sample(problem, tuple(prompt), tuple(kept), text, score(text, problem)))
     return samples
+
+
+def _side_by_side(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: transformers.GenerationConfig,
+    synced: bool,
+) -> list[list[int]]:
+    """One batch, padded on the left. The new tokens of each prompt; what comes after its end is padding."""
+    width = max(map(len, prompts))
+    pad = config.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=model.device)
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    tokens = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced)
+    rows: list[list[int]] = tokens[:, width:].tolist()
+    return rows
+
+
+def _continuously(
+    model: transformers.PreTrainedModel, prompts: Sequence[list[int]], config: transformers.GenerationConfig, seed: int
+) -> list[list[int]]:
+    """A completion that ends makes room for the next prompt. The new tokens of each prompt.
+
+    Raises:
+        RuntimeError: not all completions came back.
+    """
+    blocks = None
+    if model.device.type == "cpu":  # else it would take most of the memory there is
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        blocks = len(prompts) * -(-longest // PAGE)
+    batching = transformers.ContinuousBatchingConfig(seed=seed, page_size=PAGE, num_blocks=blocks)
+    found = model.generate_batch(
+        list(prompts), generation_config=config, continuous_batching_config=batching, progress_bar=False
+    )
+    failed = [output.error for output in found.values() if output.error is not None]
+    if failed or len(found) != len(prompts):
+        raise RuntimeError(
+            f"continuous_batching: {len(found)} of {len(prompts)} completions came back"
+            f"{f'; the first error: {failed[0]}' if failed else ''}. Train without it, or sample fewer at once "
+            "(generation_batch)."
+        )
+    return [output.generated_tokens for output in found.values()]
 
 
 def side_by_side(samples: Sequence[Sample], pad: int, device: torch.device) -> Sequences:

@@ -47,6 +47,7 @@ def sample_all(learner: Learner, problems: Sequence[Problem], seed: int, *, firs
                 stop=settings.stop,
                 temperature=settings.temperature,
                 synced=settings.fsdp,
+                continuous=settings.continuous_batching,
             )
     return samples
 

@@ -101,6 +101,8 @@ class TrainSettings:
     """Of sampling; the policy trained and evaluated is softmax(logits / temperature)."""
     generation_batch: int | None = None
     """Completions sampled at once; None: all of a process."""
+    continuous_batching: bool = False
+    """Sample by transformers' continuous batching, where no completion waits for the longest of its batch: for GPUs."""
 
     updates: int = 100
     """Optimiser steps of the run."""
@@ -225,6 +227,8 @@ class TrainSettings:
             raise ValueError(f"samples: {self.samples}; advantages={self.advantages!r} compare at least 2 per prompt.")
         if self.whiten and self.advantages in ("none", *DENSE_ADVANTAGES):
             raise ValueError(f"whiten: there is one advantage per token to whiten, not with {self.advantages!r}.")
+        if self.continuous_batching and self.fsdp:
+            raise ValueError("continuous_batching: not with parameters that are sharded; leave fsdp or it out.")
         if self.overlong_buffer >= self.max_new_tokens:
             raise ValueError(f"overlong_buffer: {self.overlong_buffer}; must be below max_new_tokens.")
         if self.audit_every is not None and self.intervention is not None:

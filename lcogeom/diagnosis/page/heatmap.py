@@ -15,7 +15,7 @@ def heatmap(heavy: Heavy) -> str:
     if not len(heavy):
         return "<p>No tokens of this update were recorded, so there is no heat map and no phase diagram.</p>"
     part = np.nan_to_num(heavy.share * heavy.weight, nan=0.0)
-    broken = ~np.isfinite(heavy.norm)
+    broken = np.isinf(heavy.norm)
     names, place = np.unique(np.nan_to_num(heavy.sequence, nan=-1), return_inverse=True)
     parts = np.bincount(place, part, len(names))
     first = np.lexsort((-parts, -np.bincount(place, broken, len(names))))
@@ -75,6 +75,16 @@ def _legend(heavy: Heavy) -> str:
         f'<p class="legend">Share of a token, or a sequence, in the update\'s squared gradient norm in the logits: '
         f'<span class="keys">{up} pushed up</span> <span class="keys">{down} pushed down</span> '
         f'<span class="keys"><span class="t u0 bent">underlined</span> loss not convex there</span> '
-        f'<span class="keys"><span class="t bad">hatched</span> gradient not finite</span> · {counted}. '
+        f"{_without_number(heavy)} · {counted}. "
         f"Point at a token for its numbers.</p>"
+    )
+
+
+def _without_number(heavy: Heavy) -> str:
+    keys = {"bad": ("hatched", "gradient infinite"), "unknown": ("framed", "gradient not known")}
+    there = {"bad": np.isinf(heavy.norm).any(), "unknown": np.isnan(heavy.norm).any()}
+    return "".join(
+        f'<span class="keys"><span class="t {kind}">{name}</span> {says}</span>'
+        for kind, (name, says) in keys.items()
+        if there[kind]
     )

@@ -10,7 +10,7 @@ import pandas as pd
 from lcogeom.diagnosis.page import svg
 from lcogeom.diagnosis.page.text import figure, numbers
 
-WIDTH, RIGHT, TOP, BELOW, ROW = 560.0, 76.0, 10.0, 48.0, 16.0
+WIDTH, RIGHT, TOP, BELOW = 560.0, 76.0, 10.0, 48.0
 BEFORE = 100
 """Updates before the event whose median is what was usual."""
 MEASURES = {
@@ -63,7 +63,8 @@ def _chart(profile: Profile, where: str | None) -> str:
     names, now, usual = profile.names, profile.now, profile.usual
     short = [_short(name) for name in names]
     left = 16 + 6.9 * max(map(len, short))
-    height = TOP + ROW * len(names) + BELOW
+    pitch = 16.0 if len(names) <= 20 else 13.0
+    height = TOP + pitch * len(names) + BELOW
     across = svg.logarithmic(np.concatenate([now, usual]), left, WIDTH - RIGHT)
     parts = [svg.bottom_axis(across, TOP, height - BELOW)]
     rise = np.full(len(names), np.nan)
@@ -71,10 +72,10 @@ def _chart(profile: Profile, where: str | None) -> str:
     rise[both] = now[both] / usual[both]
     top = np.nanmax(rise) if both.any() else np.nan
     for row, name in enumerate(names):
-        y = TOP + ROW * (row + 0.5)
+        y = TOP + pitch * (row + 0.5)
         chosen = where is not None and (where == name or where.startswith(f"{name}."))
         if chosen:
-            parts.append(f'<rect class="chosen" x="0" y="{y - ROW / 2:.1f}" width="{WIDTH:g}" height="{ROW:g}"/>')
+            parts.append(f'<rect class="chosen" x="0" y="{y - pitch / 2:.1f}" width="{WIDTH:g}" height="{pitch:g}"/>')
         parts.append(svg.label(left - 8, y + 4, short[row], anchor="end", style="tick bold" if chosen else "tick"))
         parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT:g}"/>')
         bad = not np.isfinite(now[row])

@@ -8,7 +8,7 @@ from lcogeom.diagnosis.page import svg
 from lcogeom.diagnosis.page.text import visible
 from lcogeom.diagnosis.page.tokens import Heavy, hover
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 560.0, 400.0, 64.0, 12.0, 12.0, 48.0
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 560.0, 400.0, 64.0, 26.0, 12.0, 48.0
 EDGE = 1e-7
 """Probabilities below EDGE or above 1 - EDGE are drawn there."""
 MOST_POINTS = 800
@@ -35,7 +35,9 @@ def phase(heavy: Heavy, objective: str | None) -> str:
     across = svg.probability(heavy.prob[rows], LEFT, WIDTH - RIGHT, EDGE)
     size = np.abs(pull[rows][np.isfinite(pull[rows])])
     usual = float(np.median(size[size > 0])) if (size > 0).any() else 1.0
-    up = svg.symmetric_log(pull[rows], HEIGHT - BELOW, TOP, even=10.0 ** np.floor(np.log10(max(usual, 1e-290))) / 10)
+    up = svg.symmetric_log(
+        3 * pull[rows], HEIGHT - BELOW, TOP, even=10.0 ** np.floor(np.log10(max(usual, 1e-290))) / 10, most=4
+    )
     zero, half = float(up(0)), float(across(0.5))
     parts = [_regions(objective if unit == "ratio" else None, half, zero)]
     parts += [svg.left_axis(up, LEFT, WIDTH - RIGHT), svg.bottom_axis(across, TOP, HEIGHT - BELOW)]

@@ -83,11 +83,11 @@ def logarithmic(values: np.ndarray, start: float, end: float) -> Axis:
     return Axis(start, end, low, high, _log10, tuple(ticks))
 
 
-def symmetric_log(values: np.ndarray, start: float, end: float, *, even: float = 0.1) -> Axis:
-    """A logarithmic axis for both signs, even between -`even` and `even`, the same to both sides."""
+def symmetric_log(values: np.ndarray, start: float, end: float, *, even: float, most: int) -> Axis:
+    """A logarithmic axis for both signs, even between -`even` and `even`, with up to `most` ticks to each side."""
     finite = np.abs(values[np.isfinite(values)])
     reach = math.ceil(math.log10(max(float(finite.max(initial=0)), even * 10) / even) - 1e-9)
-    stride = max(1, math.ceil(reach / 3))
+    stride = max(1, math.ceil((reach + 1) / most))
     sizes = [even * 10.0**power for power in range(reach, -1, -stride)]
     ticks = tuple([-size for size in sizes] + [0.0] + sizes[::-1])
     top = even * 10.0**reach
@@ -149,6 +149,11 @@ def cross(x: float, y: float, size: float = 4) -> str:
     return f'<path class="cross" d="{d}"/>'
 
 
+def tick_text(value: float) -> str:
+    """A probability next to 1 is written as what it lacks."""
+    return f"1−{figure(float(f'{1 - value:.3g}'))}" if 0.9999 < value < 1 else figure(value)
+
+
 def left_axis(axis: Axis, left: float, right: float) -> str:
     """Horizontal grid lines with their values at the left."""
     parts = []
@@ -165,7 +170,7 @@ def bottom_axis(axis: Axis, top: float, bottom: float, *, grid: bool = True) -> 
     for tick in axis.ticks:
         x = float(axis(tick))
         parts.append(f'<path class="grid" d="M{x:.1f} {top if grid else bottom - 4:.1f}V{bottom:.1f}"/>')
-        parts.append(label(x, bottom + 15, figure(tick), anchor="middle", style="tick"))
+        parts.append(label(x, bottom + 15, tick_text(tick), anchor="middle", style="tick"))
     return "".join(parts)
 
 

@@ -55,7 +55,7 @@ PANELS = (
         always=True,
     ),
     Panel("Norm of the step", "weight", "log", {"update_norm": "θ after − θ before"}, always=True),
-    Panel("Gradient norm in the logits", "loss", "log", {"logit_grad_norm": "all completion tokens"}, always=True),
+    Panel("Gradient norm in the logits", "loss", "log", {"logit_grad_norm": "all completion tokens"}),
     Panel("Loss", "loss", "signed", {"loss": "as back-propagated"}, always=True),
     Panel(
         "Ratio, current / behaviour policy",
@@ -82,13 +82,16 @@ PANELS = (
 )
 
 
-def timelines(report: Report, updates: pd.DataFrame) -> str:
-    """Every panel that the run has columns for, and those of the evidence; the whole run, then the event close up."""
+def timelines(report: Report, updates: pd.DataFrame, units: Mapping[str, str]) -> str:
+    """Every panel that the run has columns for, and those of the evidence; the whole run, then the event close up.
+
+    units: column of `updates` -> its unit, from the glossary.
+    """
     updates = updates.sort_values("step", kind="stable") if "step" in updates.columns else updates.iloc[:0]
     if updates.empty:
         return "<p>No updates were recorded.</p>"
     events = events_of(report)
-    panels = [panel for panel in [*PANELS, *_of_evidence(report, updates)] if _known(panel, updates)]
+    panels = [panel for panel in [*PANELS, *_of_evidence(report, updates, units)] if _known(panel, updates)]
     if not panels:
         return "<p>None of the columns recorded are known here; nothing to draw.</p>"
     parts = [_panels(panels, updates, events)]
@@ -108,7 +111,7 @@ def events_of(report: Report) -> dict[int, str]:
     return {update: ", ".join(found) for update, found in events.items()}
 
 
-def _of_evidence(report: Report, updates: pd.DataFrame) -> list[Panel]:
+def _of_evidence(report: Report, updates: pd.DataFrame, units: Mapping[str, str]) -> list[Panel]:
     drawn = {name for panel in PANELS for name in panel.series} | {"step"}
     panels = []
     for finding in report.findings:
@@ -118,7 +121,8 @@ def _of_evidence(report: Report, updates: pd.DataFrame) -> list[Panel]:
                 values = numbers(updates, one.column)
                 finite = values[np.isfinite(values)]
                 wide = len(finite) > 0 and finite.min() > 0 and finite.max() > 20 * finite.min()
-                panels.append(Panel(one.column, "", "log" if wide else "linear", {one.column: "as recorded"}))
+                unit, scale = units.get(one.column, ""), "log" if wide else "linear"
+                panels.append(Panel(one.column, unit, scale, {one.column: "as recorded"}))
     return panels
 
 
@@ -222,7 +226,7 @@ def _scale(scale: str, values: np.ndarray, bottom: float, top: float) -> svg.Axi
         finite = np.abs(values[np.isfinite(values)])
         usual = float(np.median(finite)) if len(finite) else 1.0
         if len(finite) and finite.max() > 50 * max(usual, 1e-12):
-            return svg.symmetric_log(values, bottom, top, even=10.0 ** np.ceil(np.log10(max(usual, 1e-12))))
+            return svg.symmetric_log(values, bottom, top, even=10.0 ** np.ceil(np.log10(max(usual, 1e-12))), most=2)
         return svg.linear(values, bottom, top)
     finite = values[np.isfinite(values)]
     return svg.linear(values, bottom, top, low=0.0 if len(finite) and finite.min() >= 0 else None)

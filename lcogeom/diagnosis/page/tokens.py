@@ -70,9 +70,7 @@ def heavy_tokens(run: Run, update: int, *, start: int) -> Heavy:
     scale = size.max(initial=0) or 1.0  # squares of 1e200 overflow
     total = float((weight * (size / scale) ** 2).sum())
     share = np.where(np.isfinite(norm), (size / scale) ** 2 / total, np.nan) if total else np.full(len(rows), np.nan)
-    order = np.argsort(-np.nan_to_num(norm, nan=np.inf, posinf=np.inf), kind="stable")
-    if np.isnan(norm).all():
-        order = np.argsort(numbers(rows, "logprob"), kind="stable")
+    order = np.argsort(-np.nan_to_num(norm, nan=0.0, posinf=np.inf), kind="stable")
     order = order[:MOST_TOKENS]
     chosen = rows.iloc[order]
     return Heavy(
@@ -100,9 +98,11 @@ def heavy_tokens(run: Run, update: int, *, start: int) -> Heavy:
 
 
 def shade(heavy: Heavy, row: int) -> str:
-    """The CSS class of a token: u0 ... u5 where it is pushed up, d0 ... d5 down, bad where not finite."""
-    if not np.isfinite(heavy.norm[row]):
-        return "bad" if np.isinf(heavy.norm[row]) or _has_norms(heavy) else "u0"
+    """The CSS class of a token: u0 ... u5 where it is pushed up, d0 ... d5 down; bad or unknown without a number."""
+    if np.isnan(heavy.norm[row]):
+        return "unknown"
+    if np.isinf(heavy.norm[row]):
+        return "bad"
     level = int(np.searchsorted(SHADES, np.nan_to_num(heavy.share[row]), side="right"))
     return f"{'d' if heavy.pull[row] < 0 else 'u'}{level}"
 
@@ -152,7 +152,3 @@ def _truth(rows: pd.DataFrame, name: str) -> np.ndarray:
     if name not in rows.columns:
         return np.full(len(rows), np.nan)
     return np.array([np.nan if pd.isna(value) else float(bool(value)) for value in rows[name]], dtype=np.float64)
-
-
-def _has_norms(heavy: Heavy) -> bool:
-    return bool(np.isfinite(heavy.norm).any())
