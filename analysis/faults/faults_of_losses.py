@@ -313,7 +313,7 @@ def one_token_pays(_: float) -> Places:
 
 @way("ratio-blow-up", "sampler-not-synced", "tuning",
      "from here on the sampler keeps its weights, its log-probabilities are its own, nothing is clipped", 2e-4, 4e-4,
-     objectives=RATIO, setup=lambda rate: UNCLIPPED | {"updates": 40, "learning_rate": rate}, seen=(1, 10),
+     objectives=RATIO, setup=lambda rate: UNCLIPPED | {"updates": 40, "learning_rate": rate}, seen=(2, 10),
      rollout=True, until=("ratio_max", 5.0), also=("behaviour-mismatch",))  # fmt: skip
 def sampler_not_synced(_: float) -> Places:
     def swap_in(_: object, now: Now) -> None:

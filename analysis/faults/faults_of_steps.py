@@ -264,7 +264,7 @@ def normaliser_pushed(size: float) -> Places:
 
 
 @way("logit-drift", "head-drifts", "tuning", "every row of the head moves along one direction at each step", 0.01, 0.05,
-     seen=(0, 6))  # fmt: skip
+     seen=(1, 6))  # fmt: skip
 def head_drifts(size: float) -> Places:
     def move(_: Any, now: Now) -> None:
         head = now.model.get_output_embeddings().weight
@@ -287,7 +287,7 @@ def mean_hidden(now: Now) -> torch.Tensor:
 
 
 @way("logit-drift", "decay-of-the-wrong-sign", "held-out", "weight decay of the head has the wrong sign: it grows",
-     0.02, 0.08, seen=(0, 6))  # fmt: skip
+     0.02, 0.08, seen=(1, 6))  # fmt: skip
 def head_grows(size: float) -> Places:
     def grow(_: Any, now: Now) -> None:
         with torch.no_grad():
@@ -297,7 +297,7 @@ def head_grows(size: float) -> Places:
 
 
 @way("logit-drift", "final-norm-grows", "held-out", "the final normalisation's weight grows at each step", 0.03, 0.1,
-     seen=(0, 6))  # fmt: skip
+     seen=(1, 6))  # fmt: skip
 def final_norm_grows(size: float) -> Places:
     def grow(_: Any, now: Now) -> None:
         base = now.model.transformer.ln_f if hasattr(now.model, "transformer") else now.model.model.norm
