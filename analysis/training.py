@@ -1,8 +1,8 @@
 """Does every method learn in the trainer, with the same rollouts?  ->  training.csv
 
     python analysis/training.py [--methods grpo lco-kld ...] [--tasks ...] [--seeds 5] [--runs runs/training]
-    python analysis/training.py --tasks products --seeds 1 --out FILE       (10 minutes)
-    (40 minutes on 2 cores: two worker processes with one thread each)
+    python analysis/training.py --tasks products --seeds 1 --out FILE       (15 minutes on busy cores)
+    (8 minutes on 2 idle cores: two worker processes with one thread each)
 
 `tiny` on one-digit and on two-digit addition: seven methods, as many completions for each (gold answers for SFT), the
 learning rate of each method the same on a task, but for GENTLER's. SmolLM2 on one-digit products: LCO-KLD and GRPO, by
