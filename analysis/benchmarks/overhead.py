@@ -158,6 +158,7 @@ if __name__ == "__main__":
         for threads in arguments.threads:
             with tempfile.TemporaryDirectory() as folder:
                 seconds = measure_time(model, threads, Path(folder))
+            print(model, threads, json.dumps(seconds), flush=True)
             memory = [in_a_process(model, recorded, threads) for recorded in (False, True)]
             rows.append({"model": model, "threads": threads, **seconds, "memory": memory})
             print(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
+from lcogeom.recording.norms import row_norms, squared_norms
 from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
 
@@ -92,20 +93,19 @@ class GradientMeter:
                 self._audited = [parameter.detach().clone() for parameter in self._parameters]
             gradients = [parameter.grad for parameter in self._parameters]
             device = self._parameters[0].device
-            zero = torch.zeros((), dtype=torch.float64, device=device)
-            parts = [zero] * len(gradients)
+            rows = [torch.zeros(1, device=device)] * len(gradients)
 
             def visit(place: int) -> None:
                 gradient = gradients[place]
                 if gradient is not None:
-                    parts[place] = self._square(gradient, device)
+                    rows[place] = self._rows(gradient).to(device)
 
             if self._steps is not None:
                 found |= self._steps.before(visit)
             else:
                 for place in range(len(gradients)):
                     visit(place)
-            clipped = torch.stack(parts)
+            clipped = squared_norms(rows)
             scaling = self._scaling.factors()
             self._norms = None
             if scaling is None:
@@ -121,7 +121,7 @@ class GradientMeter:
                         part = clipped[place]
                         if layout.sizes:
                             split = split_attention(in_whole(gradient), layout)
-                            part = torch.stack([self._square(p, device, like=gradient) for p in split])
+                            part = squared_norms([self._rows(p, like=gradient).to(device) for p in split])
                         squares.append(torch.where(plain, part.reshape(-1) / factors[place].square(), math.nan))
                 whole = self._ranks.total(torch.cat([clipped, *squares]))
                 clipped, before, attention = whole.tensor_split([len(gradients), 2 * len(gradients)])
@@ -134,10 +134,10 @@ class GradientMeter:
             self._present = [gradient is not None for gradient in gradients]
             return found
 
-    def _square(self, gradient: Tensor, device: torch.device, like: Tensor | None = None) -> Tensor:
-        """Squared norm of what this process holds of it and counts (of a part: where it counts the whole, `like`)."""
-        square = _norm(local(gradient)).to(device).double().square()
-        return square if self._ranks.counts(gradient if like is None else like) else torch.zeros_like(square)
+    def _rows(self, gradient: Tensor, like: Tensor | None = None) -> Tensor:
+        """Norms of rows of what this process holds of it and counts (of a part: where it counts the whole, `like`)."""
+        norms = row_norms(local(gradient))
+        return norms if self._ranks.counts(gradient if like is None else like) else torch.zeros_like(norms)
 
     def around_the_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """(the parameters, their values before the step); only after `before_step(audited=True)`."""
@@ -165,7 +165,3 @@ def layer_of(name: str) -> str:
     """The numbered block a parameter belongs to (`model.layers.3`), else its module (`model.embed_tokens`)."""
     block = re.match(r"(.*?\.\d+)\.", name)
     return block.group(1) if block else name.rsplit(".", 1)[0]
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -98,6 +98,7 @@ class Probe:
         ]
         self._batches: list[BatchRecord] = []
         self._factor: Tensor | None = None
+        self._factors: list[Tensor] = []
         self._in_backward = False
         self._candidates: list[Candidates] = []
         self._measured: list[Columns] = []
@@ -254,6 +255,14 @@ class Probe:
     def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
         """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
         self._factor = gradient.detach().double().reshape(()) / divided_by
+        self._factors.append(self._factor)
+
+    def _loss_factor(self) -> dict[str, Tensor]:
+        """What the update's loss was multiplied by: parts of it add up, and of several losses their mean is meant."""
+        if not self._factors:
+            return {}
+        factors = torch.stack(self._factors)
+        return {"loss_factor": factors.mean() if self._summed else factors.sum()}
 
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
@@ -362,6 +371,7 @@ class Probe:
             if self._black_box is not None:
                 self._black_box.forget()
             self._losses = self._losses[-1:] if self._batches else []
+            self._factors = self._factors[-1:] if self._factor is not None else []
             self._sequences = self._completion_tokens = self._backwards = 0
 
     def _keep_for_audit(self, batch: BatchRecord | None, ids: Tensor, sequence: Tensor, place: Tensor) -> None:
@@ -410,7 +420,7 @@ class Probe:
             {
                 "step": self._step,
                 "seconds": time.monotonic() - self._started,
-                "values": self._now | found | audit | self._noted,
+                "values": self._now | self._loss_factor() | found | audit | self._noted,
                 "norms": norms,
                 "sketches": sketches,
                 "measured": self._measured,
@@ -423,7 +433,7 @@ class Probe:
             }
         )
         self._measured, self._losses, self._mismatches, self._inside = [], [], [], []
-        self._batches, self._noted = [], {}
+        self._batches, self._noted, self._factors = [], {}, []
         self._sequences = self._completion_tokens = self._backwards = 0
         self._step += 1
         self._unwritten += 1

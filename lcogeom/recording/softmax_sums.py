@@ -120,7 +120,8 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     if temperature != 1:
         z /= temperature
     torch.exp(z.clamp_(min=LOWEST), out=w).scatter_(1, action, 0.0)
-    total, squares, weighted = (part.double() for part in (w.sum(1), _dot(w, w, product), _dot(w, z, product)))
+    total, length, weighted = (part.double() for part in (w.sum(1), _norm(w), _dot(w, z, product)))
+    squares = length.square()
     plain = [top.squeeze(1).double(), total, squares, weighted, chosen]
     if seen is None:
         return torch.stack([*plain, total, total, total])
@@ -132,8 +133,13 @@ def _of_rows(logits: Tensor, action: Tensor, seen: Tensor | None, temperature: f
     unit = torch.where(unit < SMALLEST, 1.0, unit)
     left = torch.mul(seen, (1 / unit).to(z.dtype)[:, None], out=z)
     left.addcmul_(w, (slope / total / unit).to(z.dtype)[:, None]).scatter_(1, action, 0.0)
-    rest = torch.linalg.vector_norm(left, dim=1).double().square() + ((at_action - slope) / unit).square()
+    rest = _norm(left).double().square() + ((at_action - slope) / unit).square()
     return torch.stack([*plain, along, rest * unit.square(), seen.sum(1).double()])
+
+
+def _norm(a: Tensor) -> Tensor:
+    """(n,): of each row."""
+    return torch.linalg.vector_norm(a, dim=1)
 
 
 def _dot(a: Tensor, b: Tensor, product: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.sketch import LinearSketch
+from lcogeom.recording.norms import squared_norm
 from lcogeom.recording.ranks import Ranks, first_row, local
 from lcogeom.recording.threads import side_by_side
 
@@ -84,8 +85,8 @@ class CopiedSteps:
                 comparable = False
             for new, old in _pieces(_flat(gradient), kept):
                 if comparable:
-                    now.add(_square(new))
-                    last.add(_square(old))
+                    now.add(squared_norm(new))
+                    last.add(squared_norm(old))
                     along.add(_dot(new, old))
                 old.copy_(new)
         return {"grad_cos_prev": along.total() / (now.root() * last.root())} if comparable and along.terms else {}
@@ -95,11 +96,11 @@ class CopiedSteps:
         forces, along = _Sum(), _Sum()
         for place, parameter in enumerate(self._parameters):
             for before, after, force in _pieces(self._copies[place], _flat(parameter), self._gradient[place]):
-                weights[place].add(_square(before))
+                weights[place].add(squared_norm(before))
                 backwards = before.sub_(after)
-                steps[place].add(_square(backwards))
+                steps[place].add(squared_norm(backwards))
                 if force is not None:
-                    forces.add(_square(force))
+                    forces.add(squared_norm(force))
                     along.add(_dot(backwards, force))
         norm = torch.stack([step.total() for step in steps]).sum().sqrt()
         values = {"update_norm": norm, "weight_norm": torch.stack([part.total() for part in weights]).sum().sqrt()}
@@ -291,11 +292,6 @@ def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
-
-
-def _square(tensor: Tensor) -> Tensor:
-    precise = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor.detach(), dtype=precise).square()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

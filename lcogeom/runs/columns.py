@@ -128,6 +128,15 @@ COLUMNS: list[Column] = [
     *_split("logsumexp", "float64", "nat", "mean over the tokens of the log normaliser of the softmax"),
     Column(
         "updates",
+        "loss_factor",
+        "float64",
+        "1",
+        "what the losses handed to batch() were multiplied by before the backward passes: their sum over the update's "
+        "passes (1 where each of K is divided by K), or their mean where the losses are parts of a sum; an fp16 scale "
+        "is in it; null where no loss with a graph was handed over",
+    ),
+    Column(
+        "updates",
         "outside_share",
         "float64",
         "1",

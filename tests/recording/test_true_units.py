@@ -84,6 +84,7 @@ def test_accumulation(tap: str, tmp_path: Path, device: torch.device) -> None:
     wanted = np.concatenate([wanted_d1(task.rows(part)) for part in PARTS])
     np.testing.assert_allclose(run.tokens["d1"], wanted, rtol=2e-4, atol=1e-7)
     assert run.updates["grad_norm"][0] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    assert run.updates["loss_factor"][0] == pytest.approx(1.0)
     assert run.tokens["sequence"].unique().tolist() == [0, 1, 2, 3]
 
 
@@ -115,8 +116,27 @@ def test_fp16_scale(tmp_path: Path, device: torch.device) -> None:
     assert run.updates["grad_norm"].tolist() == pytest.approx([norms[0], norms[2]], rel=1e-4)
     assert run.updates["grad_norm_clipped"].tolist() == pytest.approx([1e-3, 1e-3], rel=1e-4)
     assert run.updates["tokens"].tolist() == [int(task.mask.sum())] * 2
+    assert run.updates["loss_factor"].tolist() == [1024.0, 512.0]  # the scaler halves it after an overflow
     for _, tokens in run.tokens.groupby("step"):
         np.testing.assert_allclose(tokens["d1"], wanted_d1(task), rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_loss_factor(summed: bool, tmp_path: Path, device: torch.device) -> None:
+    """Of four losses of which each is multiplied by a half before the backward pass; none without a loss."""
+    model = build("llama", device)
+    task = make_task(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lg.attach(model, optimizer, tmp_path / "run", objective="reinforce") as probe:
+        for told in (True, False):
+            for part in PARTS:
+                some = task.rows(part)
+                loss = loss_of(model, some, lg.objective("reinforce"))
+                probe.batch(input_ids=some.input_ids, action_mask=some.mask, loss=loss if told else None, summed=summed)
+                (loss / 2).backward()
+            optimizer.step()
+    assert lg.load_run(tmp_path / "run").updates["loss_factor"][0] == pytest.approx(0.5 if summed else 2.0)
+    assert np.isnan(lg.load_run(tmp_path / "run").updates["loss_factor"][1])
 
 
 def test_two_forward_passes_in_one_backward_pass(tmp_path: Path, device: torch.device) -> None:
