@@ -9,6 +9,8 @@ import pandas as pd
 
 WINDOW = 100
 """Updates looked back on: long enough for a median, short enough that a warm-up or a slow trend is followed."""
+SURE = 5.0
+"""In units of the scatter: of 10,000 updates of a normal number, 0.006 lie beyond."""
 PRIOR, PRIOR_UPDATES = 0.3, 4
 """Where few updates are known, their scatter is taken for that of a norm from batch to batch (30 %, as if seen in
 4 updates more); otherwise three norms that happen to be alike would make the fourth an event."""
@@ -65,3 +67,8 @@ def longest_from(found: np.ndarray, length: int) -> int | None:
         return None
     runs = np.convolve(found.astype(int), np.ones(length, int), "valid")
     return first(runs == length)
+
+
+def ahead(values: np.ndarray, length: int) -> np.ndarray:
+    """(U,): means over an update and those after it, `length` together, fewer at the end."""
+    return pd.Series(values[::-1]).rolling(length, min_periods=1).mean().to_numpy()[::-1]

@@ -13,8 +13,9 @@ from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding, Report
 from lcogeom.diagnosis.ranking import rank
 from lcogeom.diagnosis.rule_data import advantage_outlier, behaviour_mismatch, no_signal, unmasked_tokens
+from lcogeom.diagnosis.rule_layers import layer_amplification
 from lcogeom.diagnosis.rule_policy import entropy_collapse, logit_drift, non_finite
-from lcogeom.diagnosis.rule_steps import layer_amplification, optimizer_lag, precision_loss, step_too_large
+from lcogeom.diagnosis.rule_steps import optimizer_lag, precision_loss, step_too_large
 from lcogeom.diagnosis.rule_weights import (
     clip_saturation,
     dominant_sequence,

@@ -50,6 +50,8 @@ class Finding:
     """The layer, tensor or sequence concerned."""
     tokens: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Rows of `run.tokens` concerned, heaviest first, with `share` of the update's squared gradient norm."""
+    between: bool = False
+    """Whether it happened between the last step and this update: before anything else in it."""
     follows: str | None = None
     """The cause of the finding that this one is a consequence of; None for what came first."""
 

@@ -23,12 +23,14 @@ def make(  # noqa: PLR0917
     share: float | None = None,
     where: str | None = None,
     chosen: np.ndarray | None = None,
+    between: bool = False,
 ) -> Finding:
     """A finding at an update given by its index.
 
     Args:
         share: of the squared logit gradient; from `chosen` where it is None.
         chosen: (M,) rows of the tokens that it is about.
+        between: it happened between the last step and this update.
     """
     named = pd.DataFrame()
     if chosen is not None and s.tokens is not None:
@@ -46,6 +48,7 @@ def make(  # noqa: PLR0917
         share=share,
         where=where,
         tokens=named,
+        between=between,
     )
 
 

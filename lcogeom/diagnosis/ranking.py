@@ -15,7 +15,8 @@ def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
     """One finding a cause, the first; what nothing explains before what something does; each group by its update.
 
     A finding follows another where that may bring it about (`Cause.brings`) and came before it: in an earlier update,
-    or in the same one but earlier in the order of CAUSES. Of several that may have, the first counts.
+    or in the same one but before all of it (`Finding.between`), or earlier in the order of CAUSES. Of several that may
+    have, the first counts.
     """
     earliest: dict[str, Finding] = {}
     for finding in found:
@@ -30,8 +31,8 @@ def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(explained, key=lambda finding: (finding.follows is not None, *_order(finding))))
 
 
-def _order(finding: Finding) -> tuple[int, int]:
-    return finding.update, ORDER[finding.cause]
+def _order(finding: Finding) -> tuple[int, bool, int]:
+    return finding.update, not finding.between, ORDER[finding.cause]
 
 
 def _brought(one: Finding, other: Finding) -> bool:

@@ -20,8 +20,11 @@ COLLAPSED, LEARNED = 1 / 3, 0.05
 """Of the entropy that the run began with, where rewards did not rise, and where they did: to learn is to grow surer."""
 ALIKE = 0.05
 """Cosine of the logit gradients with the vector of ones: rounding leaves 1e-6, a z-loss of 1e-4 about 0.01."""
-HEADS = ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "output")
-"""Names of output matrices, and of the input embeddings that are tied to them."""
+OUTPUTS = (
+    *("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "output"),
+    *("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "ln_out"),
+)
+"""Names of output matrices, of the input embeddings that are tied to them, and of the normalisation before them."""
 DRIFT = 5.0
 """Nat that the log normaliser moves: logits of a trained model lie within 10 to 30 of each other."""
 
@@ -72,7 +75,7 @@ def _learned(s: Signals) -> bool:
 
 def logit_drift(s: Signals) -> list[Finding]:
     """All logits of a token are pushed alike: by the loss, by a head that changes between steps, or in effect."""
-    found = [one for rule in (_pushed_alike, _head_moves, _normaliser_moves) for one in rule(s)]
+    found = [one for rule in (_pushed_alike, _output_moves, _normaliser_moves) for one in rule(s)]
     return sorted(found, key=lambda finding: finding.update)[:1]
 
 
@@ -104,22 +107,27 @@ def _pushed_alike(s: Signals) -> list[Finding]:
     return [make(s, "logit-drift", at, 0.9, sentence, proof, share=float(share[at] ** 2))]
 
 
-def _head_moves(s: Signals) -> list[Finding]:
-    """The output matrix, and it alone, changes between steps, again and again."""
+def is_output(layer: str) -> bool:
+    """Whether all logits pass through it last."""
+    return layer.rsplit(".", 1)[-1] in OUTPUTS and not re.search(r"\.\d+(\.|$)", layer)
+
+
+def _output_moves(s: Signals) -> list[Finding]:
+    """The output matrix or the normalisation before it, and nothing else, changes between steps, again and again."""
     layers = s.layers
     if layers is None:
         return []
-    heads = [place for place, name in enumerate(layers.names) if name.rsplit(".", 1)[-1] in HEADS]
-    if not heads:
+    last = [place for place, name in enumerate(layers.names) if is_output(name)]
+    if not last:
         return []
     moved = np.nan_to_num(layers.moved_between, nan=0.0)
-    head = moved[:, heads].sum(1)
-    others = np.delete(moved, heads, axis=1).sum(1)
-    at = longest_from((head > 0) & (others == 0), 3)
+    output = moved[:, last].sum(1)
+    others = np.delete(moved, last, axis=1).sum(1)
+    at = longest_from((output > 0) & (others == 0), 3)
     if at is None:
         return []
-    name = layers.names[heads[int(moved[at, heads].argmax())]]
-    proof = [s.evidence("moved_between", at, head[at], 0.0, f"norm of what changes {name} between steps", "norms")]
+    name = layers.names[last[int(moved[at, last].argmax())]]
+    proof = [s.evidence("moved_between", at, output[at], 0.0, f"norm of what changes {name} between steps", "norms")]
     level = s.get("logsumexp")
     if level is not None:
         proof.append(s.evidence("logsumexp", s.size - 1, level[-1], level[at], "log normaliser at the end, and here"))
@@ -127,7 +135,7 @@ def _head_moves(s: Signals) -> list[Finding]:
         f"From update {s.steps[at]} on something other than the optimiser changes {name} after every step, and it "
         "alone: all logits move with it."
     )
-    return [make(s, "logit-drift", at, 0.85, sentence, proof, where=name)]
+    return [make(s, "logit-drift", at, 0.85, sentence, proof, where=name, between=True)]
 
 
 def _normaliser_moves(s: Signals) -> list[Finding]:

@@ -1,27 +1,23 @@
-"""Rules about the way from the logits' gradient to the weights' step: layers, the optimiser, the learning rate."""
+"""Rules about the step: the learning rate, the optimiser's state, the weights' format."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from lcogeom.diagnosis.baseline import Usual, first, usual
+from lcogeom.diagnosis.baseline import SURE, Usual, ahead, first, usual
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import make, number
 from lcogeom.diagnosis.signals import Signals
 
 JUMP = math.log(4.0)
 """Of a norm against its baseline: batches differ by a factor of two or three, and healthy runs were seen to do so."""
-SURE = 5.0
-"""In units of the baseline's scatter: of 10,000 updates of a normal number, 0.006 lie beyond."""
-GROWN = math.log(10.0)
-"""Of a layer's gradient against the logits': it varies by a factor of three from batch to batch where terms cancel."""
-REPLACED = 0.05
-"""Of a layer's weights, between two steps."""
+ROUNDING = 0.05
+"""Of the weights: what changes them by more than this after a step is no rounding."""
 RELATIVE = 0.05
 """Step over weights: a twentieth of all weights rewritten at once. Usual steps are 1e-5 to 1e-2 of them."""
 CALM = 3.0
@@ -31,127 +27,10 @@ KEPT = 0.35
 it over Adam's usual step) times their cosine, which is seldom below -0.5, and the sketch errs by 0.01."""
 UNDONE = 0.3
 """Of a step, on average over three: the noise of rounding lies across the step, and takes nothing of it back."""
-HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Relative rounding of a weight's sum with its step, at most (half a spacing)."""
-
-
-def layer_amplification(s: Signals) -> list[Finding]:
-    """One layer's weights or gradient were multiplied, or the gradient grows on its way back from some layer on."""
-    found = [one for rule in (_weights_changed, _gradient_changed, _grows_backwards) for one in rule(s)]
-    return sorted(found, key=lambda finding: finding.update)[:1]
-
-
-def _weights_changed(s: Signals) -> list[Finding]:
-    """A layer's weights moved between two steps: no optimiser did that."""
-    layers = s.layers
-    if layers is None:
-        return []
-    moved = layers.moved_between / layers.weight_norm
-    # Without that column: by the triangle inequality a norm changes by no more than the step, apart from sketching.
-    change = np.abs(np.diff(layers.weight_norm, axis=0, prepend=np.nan))
-    step = np.r_[np.full((1, len(layers.names)), np.nan), layers.update_norm[:-1]]
-    beyond = np.where(change > 2 * step, change, 0.0) / layers.weight_norm
-    moved = np.where(np.isnan(moved), beyond, moved)
-    moved = np.nan_to_num(moved, nan=0.0)
-    # What changes again and again is no replaced weight: a drift, or rounding.
-    again = pd.DataFrame(moved > 0).rolling(3).sum().to_numpy()[2:] == 3
-    once = np.r_[~again, np.ones((min(2, len(moved)), len(layers.names)), dtype=bool)]
-    at = first(np.where(once, moved, 0.0).max(1, initial=0.0) > REPLACED)
-    if at is None:
-        return []
-    place = int(moved[at].argmax())
-    name, before, after = layers.names[place], layers.weight_norm[max(at - 1, 0), place], layers.weight_norm[at, place]
-    proof = [
-        s.evidence("moved_between", at, moved[at, place], 0.0, f"of {name}, relative to its weights", "norms"),
-        s.evidence("weight_norm", at, after, before, f"norm of the weights of {name}", "norms"),
-    ]
-    sentence = (
-        f"Before update {s.steps[at]} the weights of {name} were changed by {moved[at, place]:.0%} of their norm (from "
-        f"{number(before)} to {number(after)}), and not by the optimiser: what passes through that layer is multiplied."
-    )
-    return [make(s, "layer-amplification", at, 0.95, sentence, proof, where=name)]
-
-
-def _gradient_changed(s: Signals) -> list[Finding]:
-    """Clipping multiplies all layers' gradients by one factor: a layer that gets another was changed on its own."""
-    layers = s.layers
-    if layers is None or len(layers.names) < 2:
-        return []
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.log(layers.received / layers.grad_norm)
-    factor[~np.isfinite(factor)] = np.nan
-    with np.errstate(invalid="ignore"):
-        own = factor - _middle(factor)[:, None]
-    before = pd.DataFrame(own).shift(1).expanding().median().to_numpy()  # a loop may clip layer by layer, always
-    off = np.abs(np.nan_to_num(own - before, nan=0.0))
-    at = first(off.max(1, initial=0.0) > math.log(2))
-    if at is None:
-        # From the first update on; clipping layer by layer never makes a gradient larger.
-        at = first(np.nanmax(np.where(np.isfinite(factor), factor, -1.0), axis=1, initial=-1.0) > math.log(2))
-        if at is None or np.nanmin(factor[at]) > math.log(2) / 2:
-            return []
-        off = np.where(np.isfinite(factor), factor, 0.0)
-    place = int(off[at].argmax())
-    name, times = layers.names[place], math.exp(off[at, place])
-    proof = [
-        s.evidence("grad_norm", at, layers.grad_norm[at, place], None, f"of {name}, after the backward pass", "norms"),
-        s.evidence("grad_norm_clipped", at, layers.received[at, place], None, f"of {name}, at the optimiser", "norms"),
-    ]
-    sentence = (
-        f"At update {s.steps[at]} the gradient of {name} is multiplied by {times:.3g} against the other layers' "
-        "between the backward pass and the optimiser, which clipping does not do."
-    )
-    return [make(s, "layer-amplification", at, 0.95, sentence, proof, where=name)]
-
-
-def _middle(values: np.ndarray) -> np.ndarray:
-    """(U,): medians over the layers that are known."""
-    known = np.isfinite(values).any(1)
-    found = np.full(len(values), np.nan)
-    found[known] = np.nanmedian(values[known], axis=1)
-    return found
-
-
-def _grows_backwards(s: Signals) -> list[Finding]:
-    """Some layers' gradients grew against the logits' gradient, others' did not: where the growth begins."""
-    layers, gradient = s.layers, s.logit_gradient
-    if layers is None or len(layers.names) < 3:
-        return []
-    if gradient is None:
-        s.lacks("layer-amplification", "logit_grad_norm", "whether the gradient grew on its way back from the logits")
-        return []
-    with np.errstate(divide="ignore", invalid="ignore"):
-        per_logit = layers.grad_norm / np.where(gradient > 0, gradient, np.nan)[:, None]
-    excess, score = np.full(per_logit.shape, np.nan), np.full(per_logit.shape, np.nan)
-    for column in range(per_logit.shape[1]):
-        known = usual(per_logit[:, column])
-        excess[:, column], score[:, column] = known.excess, known.score
-    most, least, sure = _extreme(excess, np.nanmax), _extreme(excess, np.nanmin), _extreme(score, np.nanmax)
-    # Where terms cancel, a single batch brings it too; what a layer does, it does in the next updates as well.
-    clear = ((most > GROWN) & (most - least > GROWN) & (sure > SURE)).astype(float)
-    at = first((_ahead(clear, 3) == 1) & (np.arange(s.size) <= s.size - 3))
-    if at is None:
-        return []
-    row = excess[at]
-    # On the way back the last layer comes first: the growth begins at the one nearest to the output.
-    place = int(np.flatnonzero(row > (most[at] + least[at]) / 2)[-1])
-    name, own = layers.names[place], layers.grad_norm[at, place]
-    proof = [
-        s.evidence("grad_norm", at, own, own / math.exp(row[place]), f"gradient of {name}", "norms"),
-        s.evidence("logit_grad_norm", at, gradient[at], usual(gradient).level[at], "gradient at the logits"),
-        s.evidence("grad_norm", at, math.exp(most[at]), math.exp(least[at]), "growth, most and least", "norms"),
-    ]
-    sentence = (
-        f"At update {s.steps[at]} the gradient grows {math.exp(most[at]):.3g} times as much as usual on its way back "
-        f"from the logits, beginning at {name}; the layer that changed least sees {math.exp(least[at]):.3g} times its "
-        "usual one."
-    )
-    return [make(s, "layer-amplification", at, 0.8, sentence, proof, where=name)]
-
-
-def _extreme(values: np.ndarray, function: Callable[..., np.ndarray]) -> np.ndarray:
-    """(U,): over the layers; 0 where none is known."""
-    return function(np.where(np.isnan(values).all(1, keepdims=True), 0.0, values), axis=1)
+HALF_SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Relative rounding of a weight's sum with its step, at most."""
+LASTING = 5
+"""Updates in a row; schedules that end at 0 come below any spacing for the last few."""
 
 
 def step_too_large(s: Signals) -> list[Finding]:
@@ -340,12 +219,12 @@ def _taken_back(s: Signals) -> list[Finding]:
     between, undone, weights = s.get("moved_between"), s.get("step_undone"), s.get("weight_norm")
     if between is None or undone is None or weights is None:
         return []
-    small = (between > 0) & (between < REPLACED * weights)
+    small = (between > 0) & (between < ROUNDING * weights)
     lost = np.where(np.isfinite(undone), np.clip(undone, 0.0, 1.0), 0.0)
-    at = first(small & (_ahead(lost, 3) > UNDONE) & (_ahead(small.astype(float), 3) == 1))
+    at = first(small & (ahead(lost, 3) > UNDONE) & (ahead(small.astype(float), 3) == 1))
     if at is None:
         return []
-    share = float(_ahead(lost, 3)[at])
+    share = float(ahead(lost, 3)[at])
     proof = [
         s.evidence("moved_between", at, between[at], 0.0, "norm of what changed the weights after the last step"),
         s.evidence("step_undone", at, share, 0.0, "of the last step is taken back, here and in the next updates"),
@@ -357,13 +236,11 @@ def _taken_back(s: Signals) -> list[Finding]:
     return [make(s, "precision-loss", at, 0.9, sentence, proof)]
 
 
-def _ahead(values: np.ndarray, length: int) -> np.ndarray:
-    """(U,): means over an update and those after it, `length` together, fewer at the end."""
-    return pd.Series(values[::-1]).rolling(length, min_periods=1).mean().to_numpy()[::-1]
-
-
 def _below_spacing(s: Signals) -> list[Finding]:
-    """Steps of half-precision weights below half their spacing, on average; or no step at all."""
+    """Steps below half the spacing of the weights' format, on average; or no step at all.
+
+    Not where a schedule has come there little by little: its last steps are meant to be nothing.
+    """
     step, weights, rate = s.get("update_norm"), s.get("weight_norm"), s.get("learning_rate")
     gradient = s.get("grad_norm_clipped")
     if step is None or gradient is None:
@@ -372,20 +249,33 @@ def _below_spacing(s: Signals) -> list[Finding]:
     still = (step == 0) & moving
     stored = s.meta.get("weights")
     formats = {str(name): float(count) for name, count in stored.items()} if isinstance(stored, Mapping) else {}
-    half = [name for name in HALF if formats.get(name, 0.0) > 0.5 * sum(formats.values())]
-    limit = HALF[half[0]] if half else 2.0**-24
+    known = [name for name in HALF_SPACING if formats.get(name, 0.0) > 0.5 * sum(formats.values())]
+    named = known[0] if known else "float32"
+    limit = HALF_SPACING[named]
     relative = np.zeros(s.size) if weights is None else step / np.where(weights > 0, weights, np.nan)
-    if half:
+    if known:
         still |= moving & (relative < limit)
-    at = first(still)
+    at = _begins(still, rate)
     if at is None:
         return []
     proof = [s.evidence("update_norm", at, relative[at], limit, "step over weights, beside half their spacing")]
-    named = half[0] if half else "their format"
-    if half:
-        proof.append(s.evidence("weights", None, named, "float32", "the weights' format", "run.json"))
+    if known:
+        proof.append(s.evidence("weights", None, named, None, "the weights' format", "run.json"))
     sentence = (
         f"From update {s.steps[at]} on the step is {number(relative[at])} of the weights, below what {named} can add "
         f"to a number ({number(limit)}): most weights do not change."
     )
     return [make(s, "precision-loss", at, 0.85, sentence, proof)]
+
+
+def _begins(still: np.ndarray, rate: np.ndarray | None) -> int | None:
+    """Where a lasting stretch begins that no schedule has led to."""
+    begins = np.flatnonzero(still & ~np.r_[False, still[:-1]])
+    for at in begins:
+        stop = at + int(np.argmin(np.r_[still[at:], False]))
+        warmed_up = rate is not None and stop < len(still) and rate[stop] > 2 * rate[at]
+        if warmed_up or (stop - at < LASTING and stop < len(still)):
+            continue
+        if rate is None or at == 0 or not rate[at] < rate[at - 1] or rate[at] < rate[at - 1] / 2:
+            return int(at)
+    return None
