@@ -197,7 +197,12 @@ def non_finite(s: Signals) -> list[Finding]:
     if column is not None and s.steps[column[0]] == step:
         proof.append(s.evidence(column[1], at, "not finite", None, f"the column {column[1]}"))
     sentence = f"At update {step} a number is not finite" + (f": first {where}." if where else ".")
-    return [replace(make(s, "non-finite", at, 0.97, sentence, proof, where=where), update=step)]
+    # Logits that are not finite were there before anything was made of them: advantages, ratios, a gradient.
+    logprob = s.token("logprob")
+    forward = False
+    if s.tokens is not None and logprob is not None and s.steps[at] == step:
+        forward = not np.isfinite(logprob[s.tokens.rows(at)]).all()
+    return [replace(make(s, "non-finite", at, 0.97, sentence, proof, where=where, between=forward), update=step)]
 
 
 def _first_not_finite(s: Signals) -> tuple[int, str] | None:
@@ -215,7 +220,7 @@ def _first_not_finite(s: Signals) -> tuple[int, str] | None:
         found += [] if at is None else [(at, name)]
     logprob = s.token("logprob")
     if s.tokens is not None and logprob is not None:
-        at = first(s.tokens.sums(np.ones(len(logprob)), np.isnan(logprob)) > 0)
+        at = first(s.tokens.sums(np.ones(len(logprob)), ~np.isfinite(logprob)) > 0)
         found += [] if at is None else [(at, "logprob")]
     return min(found, default=None, key=lambda one: one[0])
 

@@ -29,6 +29,8 @@ CLIPPED = 0.5
 inner epochs loses 0.1 to 0.4."""
 SATURATED = 0.999
 """Probability from which on a slope of 0 may be rounding."""
+PUSHED = 1 / 3
+"""Ratio below which no clip in use leaves a token with A < 0 a gradient."""
 RARE = (1e-3, 1e-4)
 """Probabilities below which a token is rare."""
 SEVERAL = 4
@@ -40,9 +42,36 @@ UNLIKELY = 1e-5
 def loss_scale_jump(s: Signals) -> list[Finding]:
     """The weight of the tokens changed by one factor that their number does not explain."""
     exact = s.loss_weights
-    if exact is not None and s.tokens is not None:
-        return _scale_of_weights(s, exact)
-    return _scale_of_log(s)
+    found = _scale_of_log(s) if exact is None or s.tokens is None else _scale_of_weights(s, exact)
+    return sorted([*found, *_scale_of_backward(s)], key=lambda finding: finding.update)[:1]
+
+
+def _scale_of_backward(s: Signals) -> list[Finding]:
+    """What the loss is multiplied by on its way to the backward pass changed, and the gradient went along."""
+    factor, gradient, logits = s.get("loss_factor"), s.gradient, s.logit_gradient
+    if factor is None or gradient is None or logits is None:
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_logit = usual(gradient / logits, least=1)
+        doublings = np.log2(factor / np.r_[np.nan, factor[:-1]])
+    # A dynamic fp16 scale is halved until nothing overflows, and doubled once in a while.
+    dynamic = (np.abs(doublings - np.round(doublings)) < 1e-6) & (doublings < 1.5) & (np.fmax(factor, 1) > 1)
+    known = usual(factor, least=1, prior=EXACT)
+    jumped = (np.abs(known.excess) > SCALE) & (np.abs(doublings) > SCALE / math.log(2)) & ~dynamic
+    went = np.abs(per_logit.excess - known.excess) < np.fmax(np.abs(known.excess) / 2, 2 * per_logit.scatter)
+    at = first(jumped & went)
+    if at is None:
+        return []
+    proof = [
+        s.evidence("loss_factor", at, factor[at], known.level[at], "what the loss was multiplied by"),
+        s.evidence("grad_norm", at, gradient[at] / logits[at], per_logit.level[at], "gradient, per gradient of logits"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]} the loss is multiplied by {number(factor[at])} before the backward pass, and by "
+        f"{number(known.level[at])} before: gradients come in another unit (an fp16 scale that is not taken off, "
+        "accumulation steps that are not divided by)."
+    )
+    return [make(s, "loss-scale-jump", at, 0.95, sentence, proof, share=1.0)]
 
 
 def _scale_of_log(s: Signals) -> list[Finding]:
@@ -84,6 +113,9 @@ def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
     score = np.where(nearer, plain.score, per_token.score)
     at = first((np.abs(excess) > SCALE) & (np.abs(score) > 6))
     if at is None:
+        return []
+    alone = dominant_sequence(s)
+    if alone and alone[0].update == s.steps[at]:  # then it is not the same factor for all of them
         return []
     factor = math.exp(excess[at])
     proof = [
@@ -193,6 +225,36 @@ def _blown_summary(s: Signals) -> list[Finding]:
 
 
 def negative_rare_token(s: Signals) -> list[Finding]:
+    """Tokens with A < 0 and a tiny probability drive updates: sampled too often, or made rare and pushed on."""
+    found = _sampled_too_often(s) + _pushed_on(s)
+    return sorted(found, key=lambda finding: finding.update)[:1]
+
+
+def _pushed_on(s: Signals) -> list[Finding]:
+    """Tokens that updates on their rollout made several times less likely drive it, and are pushed down further."""
+    tokens, advantage, ratio, slope = s.tokens, s.token("advantage"), s.token("ratio"), s.token("d1")
+    if tokens is None or advantage is None or ratio is None or slope is None or tokens.again is None:
+        return []
+    pushed = (advantage < 0) & (ratio < PUSHED) & (slope > 0)
+    share = tokens.share(pushed)
+    at = first(tokens.again & (share > DRIVES))
+    if at is None:
+        return []
+    fallen = float(np.median(ratio[pushed & (tokens.update == at)]))
+    chosen = pushed & (tokens.update == at)
+    proof = [
+        s.evidence("ratio", at, fallen, 1.0, "ratio of the tokens pushed down, their median", "tokens"),
+        s.evidence("logit_grad_norm", at, share[at], None, "their share of the squared gradient", "tokens"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]}, tokens with a negative advantage that are {1 / fallen:.3g} times less likely than "
+        f"when they were sampled make {share[at]:.0%} of the squared gradient, which pushes them further"
+        f"{heaviest(tokens.named(at, chosen))}: nothing stops it."
+    )
+    return [make(s, "negative-rare-token", at, 0.85, sentence, proof, chosen=chosen)]
+
+
+def _sampled_too_often(s: Signals) -> list[Finding]:
     """More tokens with A < 0 and a tiny probability than sampling brings, with a good part of the gradient."""
     tokens, advantage, prob = s.tokens, s.token("advantage"), s.token("prob")
     if tokens is None or advantage is None or prob is None or tokens.square is None:

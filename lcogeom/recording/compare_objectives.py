@@ -16,7 +16,7 @@ from lcogeom.objectives import Objective, TokenBatch
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.gradients import layer_of
 from lcogeom.recording.head import output_head
-from lcogeom.recording.passes import ForwardPass, ModelParts, as_it_was, run_again
+from lcogeom.recording.passes import ForwardPass, ModelParts, as_it_was, run_again, tokens_again
 from lcogeom.recording.snapshot import recorded_pass
 from lcogeom.runs.black_box import RecordedBatch
 
@@ -202,20 +202,14 @@ def _logits_of(parts: ModelParts, one: ForwardPass) -> Callable[[], Tensor]:
 
 def _tokens_of(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, TokenBatch, list[str]]:
     """(logits (N, V) float64, what batch() said of the completion tokens, what stands in for what it did not)."""
-    with torch.no_grad(), as_it_was(parts, one):
-        sequence, place, logits = run_again(parts, one)
-    ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids
-    actions = ids.to(place.device)[sequence, place]
-    tokens = None
-    if one.batch is not None:
-        tokens = one.batch.rows(sequence, place, torch.arange(len(place), device=place.device), actions)
-    tokens = replace(tokens or TokenBatch(actions), sequences=sequence)
+    sequence, _, logits, tokens = tokens_again(parts, one)
+    tokens = replace(tokens, sequences=sequence)
     notes = []
     if tokens.old_logits is None:
         tokens = replace(tokens, old_logits=logits)
         notes.append("old logits were not recorded: those of the given weights stand in where an objective needs them")
     if tokens.old_logprobs is None:
-        picked = torch.log_softmax(logits.float(), 1).gather(1, actions[:, None]).squeeze(1)
+        picked = torch.log_softmax(logits.float(), 1).gather(1, tokens.actions[:, None]).squeeze(1)
         tokens = replace(tokens, old_logprobs=picked)
         notes.append("old log-probabilities were not recorded: those of the given weights stand in, every ratio is 1")
     return logits.double(), tokens, notes

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lcogeom.recording.attention import attention_layouts, split_attention
 from lcogeom.recording.clipping import ScalingWatch
-from lcogeom.recording.norms import row_norms, squared_norms
+from lcogeom.recording.norms import norm, squared_norm, squared_norms, stretches
 from lcogeom.recording.ranks import Ranks, in_whole, local
 from lcogeom.recording.steps import CopiedSteps, SketchedSteps, Sketcher, StepFound, StepWatch, StoredSketch
 
@@ -93,19 +94,8 @@ class GradientMeter:
                 self._audited = [parameter.detach().clone() for parameter in self._parameters]
             gradients = [parameter.grad for parameter in self._parameters]
             device = self._parameters[0].device
-            rows = [torch.zeros(1, device=device)] * len(gradients)
-
-            def visit(place: int) -> None:
-                gradient = gradients[place]
-                if gradient is not None:
-                    rows[place] = self._rows(gradient).to(device)
-
-            if self._steps is not None:
-                found |= self._steps.before(visit)
-            else:
-                for place in range(len(gradients)):
-                    visit(place)
-            clipped = squared_norms(rows)
+            cosines, clipped = self._read(gradients, device)
+            found |= cosines
             scaling = self._scaling.factors()
             self._norms = None
             if scaling is None:
@@ -121,7 +111,8 @@ class GradientMeter:
                         part = clipped[place]
                         if layout.sizes:
                             split = split_attention(in_whole(gradient), layout)
-                            part = squared_norms([self._rows(p, like=gradient).to(device) for p in split])
+                            own = torch.stack([squared_norm(local(piece)).to(device) for piece in split])
+                            part = own if self._ranks.counts(gradient) else torch.zeros_like(own)
                         squares.append(torch.where(plain, part.reshape(-1) / factors[place].square(), math.nan))
                 whole = self._ranks.total(torch.cat([clipped, *squares]))
                 clipped, before, attention = whole.tensor_split([len(gradients), 2 * len(gradients)])
@@ -134,10 +125,23 @@ class GradientMeter:
             self._present = [gradient is not None for gradient in gradients]
             return found
 
-    def _rows(self, gradient: Tensor, like: Tensor | None = None) -> Tensor:
-        """Norms of rows of what this process holds of it and counts (of a part: where it counts the whole, `like`)."""
-        norms = row_norms(local(gradient))
-        return norms if self._ranks.counts(gradient if like is None else like) else torch.zeros_like(norms)
+    def _read(self, gradients: Sequence[Tensor | None], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """(cosine with the last gradient, squared norms (P,) float64 of what this process holds and counts)."""
+        norms: list[list[Tensor]] = [[] for _ in gradients]
+
+        def visit(place: int, stretch: Tensor) -> None:
+            norms[place].append(norm(stretch).to(device))
+
+        found: dict[str, Tensor] = {}
+        if self._steps is not None:
+            found = self._steps.before(visit)
+        else:
+            for place, gradient in enumerate(gradients):
+                for stretch in [] if gradient is None else stretches(local(gradient)):
+                    visit(place, stretch)
+        nothing = [torch.zeros((), device=device)]
+        counted = [gradient is not None and self._ranks.counts(gradient) for gradient in gradients]
+        return found, squared_norms([own if there else nothing for own, there in zip(norms, counted, strict=True)])
 
     def around_the_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """(the parameters, their values before the step); only after `before_step(audited=True)`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcogeom.objectives import TokenBatch
 from lcogeom.recording.base_model import hidden_modules, input_ids
 from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.head import OutputHead
@@ -246,6 +247,22 @@ def run_again(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, Tensor, Tens
     else:
         logits = parts.model(**inputs, **options).logits[rows]
     return sequence, place, logits if parts.temperature == 1 else logits / parts.temperature
+
+
+def tokens_again(parts: ModelParts, one: ForwardPass) -> tuple[Tensor, Tensor, Tensor, TokenBatch]:
+    """The same without gradients, in the state recorded.
+
+    Returns:
+        sequence, place, logits (M, V), and what batch() said of the tokens: their actions at least.
+    """
+    with torch.no_grad(), as_it_was(parts, one):
+        sequence, place, logits = run_again(parts, one)
+    ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids
+    actions = ids.to(place.device)[sequence, place]
+    said = None
+    if one.batch is not None:
+        said = one.batch.rows(sequence, place, torch.arange(len(place), device=place.device), actions)
+    return sequence, place, logits, said or TokenBatch(actions)
 
 
 def _set_random_states(states: dict[str, Tensor]) -> None:

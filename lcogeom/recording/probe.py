@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import transformers
@@ -27,6 +26,7 @@ from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.rows import UpdateRows
 from lcogeom.recording.taps import Sighting, Tap, TapError, silence, tap_model
 from lcogeom.recording.tokens import Columns, measure, measure_logprobs
+from lcogeom.recording.under_way import UnderWay
 from lcogeom.runs.black_box import write_trigger
 from lcogeom.runs.columns import NOTED
 from lcogeom.runs.store import RunWriter
@@ -98,21 +98,10 @@ class Probe:
         ]
         self._batches: list[BatchRecord] = []
         self._factor: Tensor | None = None
-        self._factors: list[Tensor] = []
         self._in_backward = False
-        self._candidates: list[Candidates] = []
-        self._measured: list[Columns] = []
-        self._losses: list[Tensor] = []
-        self._summed = False
-        self._mismatches: list[Tensor] = []
-        self._inside: list[Tensor] = []
-        self._sequences = 0
-        self._completion_tokens = 0
-        self._backwards = 0
-        self._step = writer.next_update
-        self._now: dict[str, Any] = {}
+        self._update = UnderWay(writer.next_update)
         self._noted: dict[str, float] = {}
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[UnderWay] = []
         self._unwritten = 0
         self._flushed = time.monotonic()
         self._started = self._flushed - writer.seconds
@@ -160,8 +149,8 @@ class Probe:
         }
         self._batches.append(BatchRecord(input_ids, given, old_logits))
         if loss is not None:
-            self._losses.append(torch.as_tensor(loss).detach().mean() * divided_by)
-            self._summed = summed
+            self._update.losses.append(torch.as_tensor(loss).detach().mean() * divided_by)
+            self._update.summed = summed
             if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
                 loss.register_hook(lambda gradient: self._multiplied(gradient, divided_by))
         if self._black_box is not None:
@@ -180,7 +169,7 @@ class Probe:
             raise ValueError(f"note: no column {unknown[0]!r}; there are {', '.join(NOTED)}.")
         if done and not self._pending:
             raise ValueError("note: no update waits to be flushed. Attach with flush_every=None, and flush() later.")
-        noted = self._pending[-1]["values"] if done else self._noted
+        noted = self._pending[-1].values if done else self._noted
         noted |= {name: float(value) for name, value in values.items()}
 
     def dump(self, reason: str) -> Path | None:
@@ -196,7 +185,7 @@ class Probe:
             return None
         if self._black_box is None:
             raise ValueError("dump: nothing was kept; attach(..., black_box=4) keeps the batches of 4 updates.")
-        return self._black_box.dump(self._step, reason)
+        return self._black_box.dump(self._update.step, reason)
 
     def flush(self) -> None:
         """Write everything recorded so far to the run folder. Worth a call when a checkpoint is saved, for `resume`."""
@@ -222,7 +211,7 @@ class Probe:
             self._note_why()
             self._ranks = self._rows.ranks = replace(self._ranks, size=1)
             if self._black_box is not None:
-                self._black_box.stopped(self._step)
+                self._black_box.stopped(self._update.step)
         self._tap.remove()
         if self._auditor is not None:
             self._auditor.remove()
@@ -242,7 +231,7 @@ class Probe:
             return
         reason = f"training raised {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
-            write_trigger(self.path, {"step": self._step, "reason": reason, "dumped": False})
+            write_trigger(self.path, {"step": self._update.step, "reason": reason, "dumped": False})
 
     def __enter__(self) -> Probe:
         return self
@@ -255,14 +244,7 @@ class Probe:
     def _multiplied(self, gradient: Tensor, divided_by: float) -> None:
         """What arrives at the loss is what it was multiplied by: 1 / accumulation steps, the fp16 scale."""
         self._factor = gradient.detach().double().reshape(()) / divided_by
-        self._factors.append(self._factor)
-
-    def _loss_factor(self) -> dict[str, Tensor]:
-        """What the update's loss was multiplied by: parts of it add up, and of several losses their mean is meant."""
-        if not self._factors:
-            return {}
-        factors = torch.stack(self._factors)
-        return {"loss_factor": factors.mean() if self._summed else factors.sum()}
+        self._update.factors.append(self._factor)
 
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
@@ -271,7 +253,8 @@ class Probe:
             self._forget_skipped()  # not between two forward passes of one backward pass: its gradients are to come
             self._in_backward = True
             _at_end_of_backward(self._backward_ended)
-        self._backwards += 1
+        update = self._update
+        update.backwards += 1
         batch, ids = self._said_of(sighting.ids)
         if self._black_box is not None:
             self._black_box.arrived(sighting.ids, batch)
@@ -289,7 +272,7 @@ class Probe:
                 f"action_mask: it marks input position {int(place.min())}, but the model computed "
                 f"{values.shape[1]} of {ids.shape[1]} positions. Keep one more in logits_to_keep."
             )
-        self._completion_tokens += len(place)
+        update.tokens += len(place)
         self._keep_for_audit(batch, ids, sequence, place)
         first = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
         if batch is not None and batch.mask is not None:
@@ -298,7 +281,7 @@ class Probe:
         at = place - 1 - kept
         sizes = gradient.abs().float() if gradient.ndim == 2 else _norm_of_rows(gradient)
         if batch is not None and batch.mask is not None:
-            self._inside.append(_inside(sizes, sequence, at))
+            update.inside.append(_inside(sizes, sequence, at))
         [(rows, weight)] = choose([sizes[sequence, at]], self._budget, self._rng)
         sequence, place, at = sequence[rows], place[rows], at[rows]
         actions = ids[sequence, place]
@@ -306,23 +289,23 @@ class Probe:
         some = Candidates(
             values=Rows(values, sequence, at),
             gradients=Rows(gradient.detach(), sequence, at),
-            sequence=sequence + self._sequences,
+            sequence=sequence + update.sequences,
             position=place - first[sequence],
             actions=actions,
             weight=weight,
             factor=(factor * self._ranks.size).to(weight.device).expand(len(rows)),  # the step is made of their mean
             batch=None if batch is None else batch.rows(sequence, place, rows, actions),
         )
-        self._sequences += ids.shape[0]
+        update.sequences += ids.shape[0]
         if not len(rows):
             return
         if sighting.kind == "hidden":
-            self._candidates.append(some.gathered())
+            update.candidates.append(some.gathered())
         elif sighting.kind == "logits":  # they are too large to keep until the step
-            self._measured.append(measure(some, self._objective, None, self._temperature))
+            update.measured.append(measure(some, self._objective, None, self._temperature))
         else:
             entropy, squares = sighting.entropy, sighting.log_sum_sq_probs
-            self._measured.append(
+            update.measured.append(
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
@@ -357,22 +340,19 @@ class Probe:
         same = [batch for batch in fitting if batch.input_ids.data_ptr() == ids.data_ptr()]
         batch = (same or fitting)[-1]
         self._batches.remove(batch)
-        self._mismatches.append((batch.input_ids.to(ids.device) != ids).any())
+        self._update.mismatches.append((batch.input_ids.to(ids.device) != ids).any())
         return batch, ids
 
     def _forget_skipped(self) -> None:
         """A new update begins though the last one's step never came: its gradients were thrown away."""
-        if self._backwards and self._meter.gradients_gone():
+        if self._update.backwards and self._meter.gradients_gone():
             self._rows.warn(
-                f"update {self._step}: gradients were thrown away without a step (a loss scaler does so when they "
-                "overflow); the recorder forgot their tokens as well."
+                f"update {self._update.step}: gradients were thrown away without a step (a loss scaler does so when "
+                "they overflow); the recorder forgot their tokens as well."
             )
-            self._candidates, self._measured, self._mismatches, self._inside = [], [], [], []
+            self._update.forget(keep_loss=bool(self._batches), keep_factor=self._factor is not None)
             if self._black_box is not None:
                 self._black_box.forget()
-            self._losses = self._losses[-1:] if self._batches else []
-            self._factors = self._factors[-1:] if self._factor is not None else []
-            self._sequences = self._completion_tokens = self._backwards = 0
 
     def _keep_for_audit(self, batch: BatchRecord | None, ids: Tensor, sequence: Tensor, place: Tensor) -> None:
         if self._auditor is None or batch is None:
@@ -382,32 +362,34 @@ class Probe:
             self._auditor.arrived(said, (sequence, place - 1 - ids.shape[1]))
 
     def _before_step(self) -> None:
-        if not self._backwards:
+        update = self._update
+        if not update.backwards:
             raise TapError(silence(self._tap))
         head = self._head if self._head is None or self._tap.kind == "logits" else self._head.gathered()
-        if self._candidates:
-            kept = choose([_norm_of_rows(own(some.gradients)) for some in self._candidates], self._budget, self._rng)
-            for some, (rows, growth) in zip(self._candidates, kept, strict=True):
+        if update.candidates:
+            kept = choose([_norm_of_rows(own(some.gradients)) for some in update.candidates], self._budget, self._rng)
+            for some, (rows, growth) in zip(update.candidates, kept, strict=True):
                 if len(rows):
                     part = replace(some[rows], weight=some.weight[rows] * growth)
-                    self._measured.append(measure(part, self._objective, head, self._temperature))
-        elif self._measured:
-            kept = choose([_size(columns) for columns in self._measured], self._budget, self._rng)
-            self._measured = [
+                    update.measured.append(measure(part, self._objective, head, self._temperature))
+        elif update.measured:
+            kept = choose([_size(columns) for columns in update.measured], self._budget, self._rng)
+            update.measured = [
                 {name: column[rows] * growth if name == "weight" else column[rows] for name, column in columns.items()}
-                for columns, (rows, growth) in zip(self._measured, kept, strict=True)
+                for columns, (rows, growth) in zip(update.measured, kept, strict=True)
             ]
-        self._candidates = []
+        update.candidates = []
         keeps_weights = self._black_box is not None and self._black_box.keeps_weights
-        self._now = self._meter.before_step(audited=self._audited() or keeps_weights)
+        update.values = self._meter.before_step(audited=self._audited() or keeps_weights)
         if self._black_box is not None:
-            self._black_box.before_step(self._step, self._now, self._measured)
+            self._black_box.before_step(update.step, update.values, update.measured)
 
     def _audited(self) -> bool:
-        return self._auditor is not None and self._audit_every is not None and self._step % self._audit_every == 0
+        every = self._audit_every
+        return self._auditor is not None and every is not None and self._update.step % every == 0
 
     def _after_step(self) -> None:
-        audit: dict[str, float] = {}
+        update, audit = self._update, dict[str, float]()
         around = self._meter.around_the_step()
         if self._auditor is not None:
             if self._audited():
@@ -416,26 +398,12 @@ class Probe:
         found, norms, sketches = self._meter.after_step()
         if self._black_box is not None:
             self._black_box.after_step(found.get("update_norm"), norms, around)
-        self._pending.append(
-            {
-                "step": self._step,
-                "seconds": time.monotonic() - self._started,
-                "values": self._now | self._loss_factor() | found | audit | self._noted,
-                "norms": norms,
-                "sketches": sketches,
-                "measured": self._measured,
-                "losses": self._losses,
-                "summed": self._summed,
-                "mismatches": self._mismatches,
-                "inside": self._inside,
-                "tokens": self._completion_tokens,
-                "sequences": self._sequences,
-            }
-        )
-        self._measured, self._losses, self._mismatches, self._inside = [], [], [], []
-        self._batches, self._noted, self._factors = [], {}, []
-        self._sequences = self._completion_tokens = self._backwards = 0
-        self._step += 1
+        update.seconds = time.monotonic() - self._started
+        update.values = update.values | update.loss_factor() | found | audit | self._noted
+        update.norms, update.sketches = norms, sketches
+        self._pending.append(update)
+        self._update = UnderWay(update.step + 1, summed=update.summed)
+        self._batches, self._noted = [], {}
         self._unwritten += 1
         if self._flush_every is None:
             return

@@ -8,10 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lcogeom.objectives import Objective, TokenBatch
+from lcogeom.objectives import Objective
 from lcogeom.objectives import objective as objective_by_name
 from lcogeom.recording.head import output_head
-from lcogeom.recording.passes import ModelParts, as_it_was, run_again
+from lcogeom.recording.passes import ModelParts, tokens_again
 from lcogeom.recording.snapshot import recorded_pass
 from lcogeom.runs.black_box import RecordedBatch
 
@@ -49,15 +49,10 @@ def replay_batch(
     one = recorded_pass(batch)
     minimised = _objective(batch, objective, labels="labels" in one.inputs)
     parts = ModelParts(model, output_head(model), batch.temperature)
-    with torch.no_grad(), as_it_was(parts, one):
-        sequence, place, logits = run_again(parts, one)
-        ids = one.inputs["input_ids"] if one.batch is None else one.batch.input_ids
-        actions = ids.to(place.device)[sequence, place]
-        tokens = None
-        if one.batch is not None:
-            tokens = one.batch.rows(sequence, place, torch.arange(len(place), device=place.device), actions)
-        losses = minimised.loss(logits, tokens or TokenBatch(actions))
-        logprobs = torch.log_softmax(logits.float(), 1).gather(1, actions[:, None]).squeeze(1)
+    sequence, place, logits, tokens = tokens_again(parts, one)
+    with torch.no_grad():
+        losses = minimised.loss(logits, tokens)
+        logprobs = torch.log_softmax(logits.float(), 1).gather(1, tokens.actions[:, None]).squeeze(1)
     return ReplayedBatch(
         loss=float(losses.double().mean()),
         recorded_loss=batch.loss,
@@ -65,7 +60,7 @@ def replay_batch(
             {
                 "sequence": sequence.tolist(),
                 "position": _from_first(sequence, place).tolist(),
-                "token_id": actions.tolist(),
+                "token_id": tokens.actions.tolist(),
                 "logprob": logprobs.double().tolist(),
                 "loss": losses.double().tolist(),
             }

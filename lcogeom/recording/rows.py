@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import transformers
@@ -14,6 +13,7 @@ from lcogeom.objectives import Objective
 from lcogeom.recording.ranks import NoWriter, Ranks
 from lcogeom.recording.seen import together
 from lcogeom.recording.summary import summarise
+from lcogeom.recording.under_way import UnderWay
 from lcogeom.runs.store import RunWriter
 
 
@@ -33,9 +33,9 @@ class UpdateRows:
         self._texts: dict[int, str] = {}
         self._warned: set[str] = set()
 
-    def write(self, update: Mapping[str, Any]) -> None:
+    def write(self, update: UnderWay) -> None:
         """One update's rows."""
-        step = update["step"]
+        step = update.step
         seen = together(self.ranks, update)
         if seen.mismatch:
             warnings.warn(
@@ -57,26 +57,26 @@ class UpdateRows:
                 )
             ids = tokens["token_id"].tolist()
             self._writer.add("tokens", {**tokens, "text": [self.text(i) for i in ids], "step": [step] * len(ids)})
-        before, clipped = (update["values"].get(name) for name in ("grad_norm", "grad_norm_clipped"))
-        if before is not None and bool(before.isnan()) and bool(clipped.isfinite()):
+        before, clipped = (update.values.get(name) for name in ("grad_norm", "grad_norm_clipped"))
+        if before is not None and clipped is not None and bool(before.isnan()) and bool(clipped.isfinite()):
             self.warn(
                 f"update {step}: `grad_norm` stays empty, because the gradient was changed entry by entry between the "
                 "backward pass and the step (clip_grad_value_?); `grad_norm_clipped` is what the optimiser got."
             )
-        norms = {name: [_number(value) for value in values] for name, values in update["norms"].items()}
+        norms = {name: [_number(value) for value in values] for name, values in update.norms.items()}
         norms["step"] = [step] * len(norms["name"])
         self._writer.add("norms", norms)
-        for vector, layer, values in update["sketches"]:
+        for vector, layer, values in update.sketches:
             content = values.cpu().numpy().astype("<f4").tobytes()
             self._writer.add("sketches", {"step": [step], "vector": [vector], "layer": [layer], "values": [content]})
         row: dict[str, object] = {
             "step": step,
-            "seconds": update["seconds"],
+            "seconds": update.seconds,
             "objective": None if self._objective is None else self._objective.name,
             "loss": seen.loss,
             "tokens": seen.count,
             "outside_share": seen.outside_share,
-            **{name: float(value) for name, value in update["values"].items()},
+            **{name: float(value) for name, value in update.values.items()},
             **summarise(tokens),
         }
         self._writer.add("updates", {name: [value] for name, value in row.items()})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from lcogeom.recording.ranks import Ranks
+from lcogeom.recording.under_way import UnderWay
 from lcogeom.runs.columns import COLUMNS
 
 NAMES = [c.name for c in COLUMNS if c.table == "tokens" and c.name not in ("step", "text")] + ["contradicts"]
@@ -31,19 +30,19 @@ class Seen:
     """Of the squared norm of the gradient; None where no completion tokens were marked."""
 
 
-def together(ranks: Ranks, update: Mapping[str, Any]) -> Seen:
+def together(ranks: Ranks, update: UnderWay) -> Seen:
     """Wait for the device, and for the other processes, which call this for the same update."""
-    losses = [float(loss) for loss in update["losses"]]
-    loss = sum(losses) / (1 if update["summed"] else len(losses)) if losses else None
-    mismatch = any(bool(found) for found in update["mismatches"])
-    inside, everywhere = torch.stack(update["inside"]).sum(0).tolist() if update["inside"] else (0.0, 0.0)
-    parts = update["measured"]
+    losses = [float(loss) for loss in update.losses]
+    loss = sum(losses) / (1 if update.summed else len(losses)) if losses else None
+    mismatch = any(bool(found) for found in update.mismatches)
+    inside, everywhere = torch.stack(update.inside).sum(0).tolist() if update.inside else (0.0, 0.0)
+    parts = update.measured
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if ranks.size == 1:
         tokens = {name: column.cpu().numpy() for name, column in columns.items()}
-        return Seen(tokens, loss, update["tokens"], mismatch, _outside(inside, everywhere))
+        return Seen(tokens, loss, update.tokens, mismatch, _outside(inside, everywhere))
 
-    numbers = [update["tokens"], update["sequences"], mismatch, loss is not None, 0.0 if loss is None else loss]
+    numbers = [update.tokens, update.sequences, mismatch, loss is not None, 0.0 if loss is None else loss]
     numbers += [inside, everywhere]
     facts = torch.cat(ranks.gather(torch.tensor([numbers], dtype=torch.float64)))  # (processes, 7)
     everyones = ranks.gather_columns(columns, NAMES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcogeom.geometry.sketch import LinearSketch
-from lcogeom.recording.norms import squared_norm
+from lcogeom.recording.norms import squared_norm, stretches
 from lcogeom.recording.ranks import Ranks, first_row, local
 from lcogeom.recording.threads import side_by_side
 
@@ -41,9 +41,9 @@ class StepFound:
     sketches: list[StoredSketch]
 
 
-Visit = Callable[[int], None]
-"""Called with each parameter's place when its gradient is about to be read: what is read twice at once is read faster.
-Not always by the same thread."""
+Visit = Callable[[int, Tensor], None]
+"""Called with a parameter's place and each stretch of its gradient, in order, when that is about to be read: what is
+read twice at once is read faster. One parameter's by one thread, but not always by the same."""
 
 
 class StepWatch(Protocol):
@@ -74,9 +74,10 @@ class CopiedSteps:
         now, last, along = _Sum(), _Sum(), _Sum()
         comparable = True  # with the last update: every gradient here was there too
         for place, parameter in enumerate(self._parameters):
-            visit(place)
             self._copies[place].copy_(_flat(parameter))
             gradient, kept = parameter.grad, self._gradient[place]
+            for stretch in [] if gradient is None else stretches(local(gradient)):
+                visit(place, stretch)
             if gradient is None:
                 self._gradient[place] = None
                 continue
@@ -254,13 +255,17 @@ class Sketcher:
             total = self._kept[key]
             total.clear()
             for place in places:
-                if visit is not None:
-                    visit(place)
                 tensor = tensors[place]
-                if tensor is not None and self._ranks.counts(tensor):
-                    part = local(tensor)
-                    first = first_row(tensor)
-                    total.add(part, self._starts[place] + (first * part[:1].numel() if first else 0))
+                if tensor is None:
+                    continue
+                part, first = local(tensor), first_row(tensor)
+                start = self._starts[place] + (first * part[:1].numel() if first else 0)
+                for stretch in stretches(part):
+                    if visit is not None:
+                        visit(place, stretch)
+                    if self._ranks.counts(tensor):
+                        total.add(stretch, start)
+                    start += stretch.numel()
             return total.result()
 
         found = side_by_side(work, parts, self._starts[-1] if self._device.type == "cpu" else 0)

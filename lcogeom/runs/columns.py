@@ -117,7 +117,8 @@ COLUMNS: list[Column] = [
         "logit_grad_norm",
         "float64",
         "loss",
-        "Euclidean norm of d loss / d logits over all completion tokens of the update",
+        "Euclidean norm of d loss / d logits over all completion tokens of the update; null where tokens whose own is "
+        "not known may make more than 0.1 % of its square",
     ),
     *_split("ratio_min", "float64", "1", "smallest recorded probability ratio, current / behaviour policy"),
     *_split("ratio_q05", "float64", "1", "5 % quantile of the recorded ratios, by weight"),

@@ -13,14 +13,14 @@ from lcogeom.recording.norms import squared_norm
 from tests.small_models import loss_of, make_task, tell
 
 
-@pytest.mark.parametrize("length", [0, 1, 1000, 1024, 2500, 4_000_003])
+@pytest.mark.parametrize("length", [0, 1, 1000, 1024, 2500, 16_000_003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_squared_norm(length: int, dtype: torch.dtype, device: torch.device) -> None:
-    """To 1e-6, of float32 whose own norm is off by 1e-5 at 4 million elements."""
+    """The norm to 5e-5; float32's own is off by 5e-4 at 16 million elements."""
     values = torch.rand(length, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     found = squared_norm(values)
     assert found.dtype == torch.float64
-    assert float(found) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+    assert float(found) ** 0.5 == pytest.approx(float(values.double().square().sum()) ** 0.5, rel=5e-5)
 
 
 def test_squared_norm_of_a_view_and_of_what_is_not_finite(device: torch.device) -> None:
@@ -50,6 +50,6 @@ def test_the_gradient_of_a_large_vocabulary(tmp_path: Path, device: torch.device
         squares = {name: float(p.grad.double().square().sum()) for name, p in model.named_parameters()}
         optimizer.step()
     run = lg.load_run(tmp_path / "run")
-    assert run.updates["grad_norm_clipped"][0] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-6)
+    assert run.updates["grad_norm_clipped"][0] == pytest.approx(sum(squares.values()) ** 0.5, rel=2e-5)
     layer = run.norms[run.norms["name"] == "model.embed_tokens"].iloc[0]
-    assert layer["grad_norm_clipped"] == pytest.approx(squares["model.embed_tokens.weight"] ** 0.5, rel=1e-6)
+    assert layer["grad_norm_clipped"] == pytest.approx(squares["model.embed_tokens.weight"] ** 0.5, rel=2e-5)

@@ -27,7 +27,7 @@ def loop(
     with lg.attach(
         model, optimizer, folder, objective="sft", sketch=64, flush_every=flush_every, resume=resume
     ) as probe:
-        first = probe._step
+        first = probe._update.step
         os.write(lines, f"from {first}\n".encode())
         for step in range(first, first + 100_000):
             tell(probe, task, torch.tensor(loss + step))
