@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding
@@ -19,6 +18,8 @@ SURPRISE = 0.5
 """Nat: mean of -log pi - entropy, which is 0 for tokens that the policy sampled (E[-log pi] is the entropy)."""
 APART = 0.03
 """Mean |log r| before any update on a rollout: two engines in bf16 differ by 0.01 to 0.02; PPO's clip is at 0.18."""
+MINIBATCHED = 3
+"""Returns to ratios of 1 after minibatches that were apart."""
 OUTLIER = 4.0
 """Times the largest advantage before. Normalised ones cannot do that: in a batch of n they end at sqrt(n - 1)."""
 LARGEST_GROUP = 16
@@ -145,14 +146,10 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     apart = tokens.mean(np.where(np.isfinite(log_ratio), log_ratio, np.nan))
     bulk = tokens.median(log_ratio)
     fresh = np.zeros(s.size, dtype=bool) if tokens.again is None else ~tokens.again
-    # Minibatches of one rollout have all moved a little by then: as far as earlier ones did, and no step says more.
     before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
     jumped = np.isnan(before.level) | (before.excess > np.log(3))
-    jumped &= ~_stale(apart, fresh)
-    found = fresh & (apart > APART) & (bulk > APART / 10) & jumped
-    if np.nanmax(np.where(fresh, apart, 0.0), initial=0.0) <= APART:
-        return []
-    at = first(found)
+    far = fresh & (apart > APART) & (bulk > APART / 10)
+    at = first(far & jumped & (apart > 3 * _within_rollouts(apart, far, fresh)))
     if at is None:
         return []
     level = before.level[at]
@@ -171,18 +168,19 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
 
 
-def _stale(apart: np.ndarray, fresh: np.ndarray) -> np.ndarray:
-    """(U,): whether a sampler that lags behind explains it: the policy has moved on by its usual steps since.
+def _within_rollouts(apart: np.ndarray, far: np.ndarray, fresh: np.ndarray) -> float:
+    """How far minibatches of one rollout move apart from the first of them, where updates are made on such; else 0.
 
-    Then |log r| grows from one rollout to the next by no more than it grows within rollouts, step by step.
+    Then the policy is that of the old log-probabilities again and again, and apart from them in between.
     """
-    last = np.r_[np.nan, apart[:-1]]
-    within = pd.Series(np.where(fresh, np.nan, apart - last)).rolling(8, min_periods=1).median().shift(1)
-    rollout = np.cumsum(fresh)
-    known = pd.Series(np.where(fresh, apart, np.nan))
-    grown = apart - known.shift(1).ffill().fillna(0.0)
-    steps = pd.Series(rollout).groupby(rollout).transform("size").to_numpy()
-    return (within.to_numpy() > 0) & (grown < 1.2 * within.to_numpy() * np.maximum(steps, 1))
+    farthest, ends = 0.0, []
+    for place in np.flatnonzero(fresh & (far | (apart < APART / 3))):
+        if far[place]:
+            farthest = max(farthest, apart[place])
+        elif farthest:
+            ends.append(farthest)
+            farthest = 0.0
+    return float(np.median(ends)) if len(ends) >= MINIBATCHED else 0.0
 
 
 def advantage_outlier(s: Signals) -> list[Finding]:

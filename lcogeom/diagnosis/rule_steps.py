@@ -22,9 +22,10 @@ RELATIVE = 0.05
 """Step over weights: a twentieth of all weights rewritten at once. Usual steps are 1e-5 to 1e-2 of them."""
 CALM = 3.0
 """Times its usual norm: what a gradient as the optimiser receives it stays below, clipped or not, but for events."""
-KEPT = 0.35
-"""Of what momentum should keep of the last step: a new gradient that opposes it takes away 0.1 / 0.23 (Adam's weight of
-it over Adam's usual step) times their cosine, which is seldom below -0.5, and the sketch errs by 0.01."""
+KEPT = 0.15, 3.0
+"""Of what momentum should keep of the last step, at least and at most: a new gradient that opposes it takes away 0.1 /
+0.23 (Adam's weight of it over Adam's usual step) times their cosine, more where the last ones cancelled, and one along
+it adds as much (0.29 to 1.6 was seen in healthy runs); the sketch errs by 0.01."""
 UNDONE = 0.3
 """Of a step, on average over three: the noise of rounding lies across the step, and takes nothing of it back."""
 HALF_SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
@@ -94,7 +95,7 @@ def _momentum_kept(s: Signals) -> list[Finding]:
     assert gradient is not None
     # A gradient far above the last ones outweighs momentum; and of a first step alone there is little to keep.
     calm = (gradient < CALM * usual(gradient, least=1).level) & (s.steps > 1)
-    at = first(calm & ((share < KEPT) | (share > 1 / KEPT)))
+    at = first(calm & ((share < KEPT[0]) | (share > KEPT[1])))
     if at is None:
         return []
     proof = [

@@ -37,7 +37,7 @@ def write(path: Path, fault: Fault | None = None, *, seed: int = 0, updates: int
     rollout: Columns = {}
     for update in range(updates):
         if update % 2 == 0:
-            rollout = _sample(rng)
+            rollout = sample(rng)
         tokens = {name: np.array(column) for name, column in rollout.items()}
         if update % 2:  # the policy has moved a little, as the advantages want it
             moved = 0.02 * tokens["advantage"] + 0.02 * rng.normal(size=len(tokens["logprob"]))
@@ -70,7 +70,7 @@ def write(path: Path, fault: Fault | None = None, *, seed: int = 0, updates: int
     return path
 
 
-def _sample(rng: np.random.Generator) -> Columns:
+def sample(rng: np.random.Generator) -> Columns:
     """Tokens drawn from random policies, advantages normalised in groups of four."""
     count = SEQUENCES * LENGTH
     logits = 2 * rng.normal(size=(count, VOCABULARY))

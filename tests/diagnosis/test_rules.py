@@ -11,7 +11,7 @@ import lcogeom as lg
 from lcogeom.diagnosis.baseline import usual
 from lcogeom.diagnosis.ranking import ORDER
 from lcogeom.diagnosis.rule_weights import poisson_tail
-from tests.diagnosis.synthetic import LAYERS, Columns, Fault, write
+from tests.diagnosis.synthetic import LAYERS, Columns, Fault, sample, write
 
 AT = 10
 
@@ -188,6 +188,27 @@ def test_entropy_that_falls_while_rewards_rise_is_learning(tmp_path: Path) -> No
         row["reward"] = 0.3 + 0.6 * update / 60
 
     assert lg.diagnose(write(tmp_path / "run", learns, updates=60)).findings == ()
+
+
+def minibatches(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+    """Four updates a rollout, each on tokens of its own: when the last ones come, the policy has moved."""
+    rng = np.random.default_rng(update)
+    tokens |= sample(rng)
+    moved = 0.08 * (update % 4) * (tokens["advantage"] + rng.normal(size=len(tokens["logprob"])))
+    tokens["logprob"] = np.minimum(tokens["logprob"] + moved, -1e-6)
+
+
+def test_minibatches_are_no_mismatch_and_hide_none(tmp_path: Path) -> None:
+    assert lg.diagnose(write(tmp_path / "minibatches", minibatches, updates=40)).findings == ()
+
+    def mismatched(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+        minibatches(update, tokens, row, norms)
+        if update >= 20:
+            tokens["old_logprob"] = 0.3 * tokens["old_logprob"]
+
+    report = lg.diagnose(write(tmp_path / "mismatched", mismatched, updates=40))
+    assert report.cause == "behaviour-mismatch"
+    assert report.update == 20
 
 
 @pytest.mark.parametrize("seed", range(12))
