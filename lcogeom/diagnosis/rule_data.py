@@ -14,10 +14,14 @@ OUTSIDE = 1e-3
 TAIL, TAILED = 2, 0.25
 """Repeated tokens at a sequence's end that make a tail, and the share of an update's sequences that end so, all with
 one token: a policy that repeats itself does so with tokens of its choice, and stops at the end of sequence."""
+TOGETHER, LOOKED, ENOUGH = 3, 48, 24
+"""Neighbouring positions that count together, positions looked at, and tokens there in an update."""
 SURPRISE = 0.5
 """Nat: mean of -log pi - entropy, which is 0 for tokens that the policy sampled (E[-log pi] is the entropy)."""
 APART = 0.03
 """Mean |log r| before any update on a rollout: two engines in bf16 differ by 0.01 to 0.02; PPO's clip is at 0.18."""
+FEW = 0.05
+"""Of the tokens: single ones may have been put in by hand, or overflow."""
 MINIBATCHED = 3
 """Returns to ratios of 1 after minibatches that were apart."""
 OUTLIER = 4.0
@@ -91,30 +95,42 @@ def _padding(s: Signals) -> list[Finding]:
 
 
 def _not_sampled(s: Signals) -> list[Finding]:
-    """The first marked tokens surprise the policy more than its entropy allows, and sequences have them in common."""
+    """Some marked tokens surprise the policy more than its entropy allows, and sequences have them in common."""
     tokens, logprob, entropy = s.tokens, s.token("logprob"), s.token("entropy")
     position, ids = s.token("position"), s.token("token_id")
     if tokens is None or logprob is None or entropy is None or position is None or s.token("old_logprob") is None:
         return []  # without a behaviour policy (SFT) nobody says that the policy sampled them
-    early = position < 3
-    excess = tokens.mean(-logprob - entropy, early)
     squares = s.token("sum_sq_prob")
     if ids is None or squares is None:
         return []
-    expected = tokens.mean(squares, early)  # of two samples of one policy
-    agree = _agreement(s, early)
-    at = first((excess > SURPRISE) & (agree - expected > 0.3))
+    excess, agree, expected = (np.zeros(s.size) for _ in range(3))
+    begins = np.zeros(s.size, dtype=np.int64)
+    for begin in range(0, min(int(position.max()) + 1, LOOKED), TOGETHER):
+        some = (position >= begin) & (position < begin + TOGETHER)
+        surprise = np.where(tokens.sums(tokens.weight, some) >= ENOUGH, tokens.mean(-logprob - entropy, some), np.nan)
+        if not (surprise > SURPRISE).any():
+            continue
+        alike, chance = _agreement(s, some), tokens.mean(squares, some)  # of two samples of one policy
+        better = (surprise > SURPRISE) & (alike - chance > 0.3) & (surprise > excess)
+        for values, found in ((excess, surprise), (agree, alike), (expected, chance)):
+            values[better] = found[better]
+        begins[better] = begin
+    at = first(excess > 0)
     if at is None:
         return []
+    begin = int(begins[at])
+    which = "first" if begin == 0 else f"{begin + 1}th to {begin + TOGETHER}th"
     proof = [
-        s.evidence("logprob", at, excess[at], 0.0, "nat more surprise than entropy at the first tokens", "tokens"),
-        s.evidence("token_id", at, agree[at], expected[at], "of neighbouring sequences begin alike", "tokens"),
+        s.evidence("logprob", at, excess[at], 0.0, "nat more surprise than entropy at those tokens", "tokens"),
+        s.evidence("token_id", at, agree[at], expected[at], "of neighbouring sequences are alike there", "tokens"),
     ]
+    chosen = (position >= begin) & (position < begin + TOGETHER) & (tokens.update == at)
     sentence = (
-        f"At update {s.steps[at]} the first marked tokens were not sampled by the policy: they surprise it by "
-        f"{excess[at]:.1f} nat more than its entropy, and neighbouring sequences share them. Prompts are in the loss."
+        f"At update {s.steps[at]} the {which} marked tokens were not sampled by the policy: they surprise it by "
+        f"{excess[at]:.1f} nat more than its entropy, and neighbouring sequences share them: prompts or a tool's "
+        "answers are in the loss."
     )
-    return [make(s, "unmasked-tokens", at, 0.85, sentence, proof, chosen=early & (tokens.update == at))]
+    return [make(s, "unmasked-tokens", at, 0.85, sentence, proof, chosen=chosen)]
 
 
 def _agreement(s: Signals, early: np.ndarray) -> np.ndarray:
@@ -144,11 +160,11 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     with np.errstate(divide="ignore"):
         log_ratio = np.abs(np.log(ratio))
     apart = tokens.mean(np.where(np.isfinite(log_ratio), log_ratio, np.nan))
-    bulk = tokens.median(log_ratio)
+    many = tokens.mean((log_ratio > APART / 3).astype(float))
     fresh = np.zeros(s.size, dtype=bool) if tokens.again is None else ~tokens.again
     before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
     jumped = np.isnan(before.level) | (before.excess > np.log(3))
-    far = fresh & (apart > APART) & (bulk > APART / 10)
+    far = fresh & (apart > APART) & (many > FEW)
     at = first(far & jumped & (apart > 3 * _within_rollouts(apart, far, fresh)))
     if at is None:
         return []
@@ -156,7 +172,7 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     reference = level if np.isfinite(level) else 0.0
     proof = [
         s.evidence("ratio", at, apart[at], reference, "mean |log ratio| on a rollout not trained on yet", "tokens"),
-        s.evidence("ratio", at, bulk[at], 0.0, "its median", "tokens"),
+        s.evidence("ratio", at, many[at], 0.0, f"of the tokens are apart by more than {APART / 3:.0%}", "tokens"),
     ]
     sentence = (
         f"At update {s.steps[at]}, on a rollout that no update was made on, the policy differs from the old "

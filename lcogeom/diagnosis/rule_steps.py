@@ -18,14 +18,16 @@ JUMP = math.log(4.0)
 """Of a norm against its baseline: batches differ by a factor of two or three, and healthy runs were seen to do so."""
 ROUNDING = 0.05
 """Of the weights: what changes them by more than this after a step is no rounding."""
-RELATIVE = 0.05
-"""Step over weights: a twentieth of all weights rewritten at once. Usual steps are 1e-5 to 1e-2 of them."""
+RELATIVE = 0.02
+"""Step over weights: a fiftieth of all weights rewritten at once. Fine-tuning usually moves 1e-5 to 5e-3 of them."""
 CALM = 3.0
 """Times its usual norm: what a gradient as the optimiser receives it stays below, clipped or not, but for events."""
 KEPT = 0.15, 3.0
 """Of what momentum should keep of the last step, at least and at most: a new gradient that opposes it takes away 0.1 /
 0.23 (Adam's weight of it over Adam's usual step) times their cosine, more where the last ones cancelled, and one along
 it adds as much (0.29 to 1.6 was seen in healthy runs); the sketch errs by 0.01."""
+WHOLE = 0.6, 0.85
+"""Of Adam's first step: below the one in the last update, above the other in this, which momentum does not allow."""
 UNDONE = 0.3
 """Of a step, on average over three: the noise of rounding lies across the step, and takes nothing of it back."""
 HALF_SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
@@ -54,10 +56,10 @@ def _rate_jumped(s: Signals) -> list[Finding]:
         s.lacks("step-too-large", "learning_rate", "whether the learning rate or the optimiser's state made the step")
         return []
     rate, known = rates
-    # Against the last update: a warm-up leads far from the median of all before, but slowly.
+    # A linear warm-up comes to twice the median of all before.
     last = np.r_[np.nan, rate[:-1]]
     with np.errstate(divide="ignore", invalid="ignore"):
-        sudden = np.log(rate / last) > JUMP / 2
+        sudden = (np.log(rate / last) > JUMP / 2) | (known.excess > math.log(6))
     moved = usual(step)
     at = first(sudden & (moved.excess > JUMP) & (moved.score > SURE) & (known.excess > moved.excess / 2))
     if at is None:
@@ -79,7 +81,7 @@ def optimizer_lag(s: Signals) -> list[Finding]:
         if s.table == "updates":
             s.lacks("optimizer-lag", "update_norm", "how far the weights moved; record with attach(sketch=16384)")
         return []
-    found = _momentum_kept(s) + _out_of_proportion(s)
+    found = _momentum_kept(s) + _begun_again(s) + _out_of_proportion(s)
     return sorted(found, key=lambda finding: finding.update)[:1]
 
 
@@ -107,6 +109,31 @@ def _momentum_kept(s: Signals) -> list[Finding]:
         "optimiser's state was lost, replaced or scaled."
     )
     return [make(s, "optimizer-lag", at, 0.9, sentence, proof)]
+
+
+def _begun_again(s: Signals) -> list[Finding]:
+    """Adam's first step moves every weight by the learning rate, further than any later one does: a second such step."""
+    step, rate, gradient = s.get("update_norm"), s.get("learning_rate"), s.get("grad_norm_clipped")
+    if step is None or rate is None or gradient is None or _betas(s) is None or s.steps[0] != 0 or not rate[0] > 0:
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = step / rate / (step[0] / rate[0])
+    calm = gradient < CALM * usual(gradient, least=1).level
+    whole = (share > WHOLE[1]) & (share < 1 / WHOLE[1])
+    at = first(calm & whole & (np.r_[np.nan, share[:-1]] < WHOLE[0]))
+    if at is None:
+        return []
+    proof = [
+        s.evidence(
+            "update_norm", at, share[at], share[at - 1], "step per learning rate, of the run's first; and before"
+        ),
+        s.evidence("learning_rate", at, rate[at], rate[at - 1], "learning rate"),
+    ]
+    sentence = (
+        f"At update {s.steps[at]} the step per learning rate is {share[at]:.0%} of the run's first one, after "
+        f"{share[at - 1]:.0%}: Adam began again, its moments and their counter were lost."
+    )
+    return [make(s, "optimizer-lag", at, 0.85, sentence, proof)]
 
 
 def _adam_keeps(s: Signals) -> np.ndarray | None:

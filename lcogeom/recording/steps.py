@@ -20,6 +20,7 @@ from lcogeom.recording.ranks import Ranks, first_row, local
 from lcogeom.recording.threads import side_by_side
 
 SEED = 0  # one for all runs: their sketches are comparable
+WATCHED = 16  # elements of each parameter
 PIECE = 2**20  # elements looked at together: several passes over 4 MiB cost one pass over memory
 
 StoredSketch = tuple[str, str | None, Tensor]
@@ -136,6 +137,9 @@ class SketchedSteps:
         self._cells = dict(cells)
         self._weights: Tensor | None = None  # (cells, size) float64
         self._seen: list[tuple[int, int]] = []
+        self._watched: list[Tensor] = []  # views of a few entries of each parameter
+        self._entries: Tensor | None = None  # these, after the last step
+        self._unsure: Tensor | None = None  # on a GPU: whether they were others before this one
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
         self._step: Tensor | None = None  # (cells, size), of the last one
@@ -145,7 +149,7 @@ class SketchedSteps:
 
     def before(self, visit: Visit) -> dict[str, Tensor]:
         first = self._weights is None
-        self._still, self._between = self._seen == self._versions(), None
+        self._still, self._between = self._untouched(), None
         if self._weights is None or not self._still:  # someone else has changed the weights
             last_weights, self._weights = self._weights, self._sketch_weights()
             self._between = None if last_weights is None else self._weights - last_weights
@@ -159,7 +163,9 @@ class SketchedSteps:
         assert self._weights is not None
         assert self._gradient is not None
         before, self._weights = self._weights, self._sketch_weights()
-        self._seen = self._versions()
+        if self._unsure is not None:
+            before = torch.where(self._unsure, torch.nan, before)
+        self._watch()
         step = self._weights - before
         norms, weights = step.square().sum(1), before.square().sum(1)  # summed over cells, whose errors average out
         values = {
@@ -201,6 +207,31 @@ class SketchedSteps:
                 rows = [row for row, name in enumerate(layers) if name == layer]
                 found.append((vector, layer, cells[rows].sum(0).float()))
         return [*found, (vector, None, cells.sum(0).float())]
+
+    def _untouched(self) -> bool:
+        """Whether nothing has changed the weights since the last step, as far as is known without waiting.
+
+        Changes of `.data` leave no trace but in the values: a few of each parameter are compared. On a GPU the answer
+        comes too late to take another sketch; what it concerns is NaN then.
+        """
+        self._unsure = None
+        if self._entries is None or self._seen != self._versions():
+            return False
+        differ = (self._read() != self._entries).any()
+        if differ.device.type == "cpu":
+            return not bool(differ)
+        self._unsure = differ
+        return True
+
+    def _watch(self) -> None:
+        """The step has been made: this is how the weights are until someone changes them."""
+        seen = self._versions()
+        if [place for _, place in seen] != [place for _, place in self._seen]:
+            self._watched = [_some(local(parameter)) for parameter in self._parameters]
+        self._seen, self._entries = seen, self._read()
+
+    def _read(self) -> Tensor:
+        return torch.cat([part.to(self._watched[0].device) for part in self._watched])
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(part._version, part.data_ptr()) for part in map(local, self._parameters)]
@@ -293,6 +324,15 @@ def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     assert tensors[0] is not None
     for start in range(0, len(tensors[0]), PIECE):
         yield tuple(None if tensor is None else tensor[start : start + PIECE] for tensor in tensors)
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """A view of a few of its elements, (n,)."""
+    tensor, n = tensor.detach(), WATCHED
+    if not tensor.is_contiguous():
+        return tensor[(slice(0, 1),) * tensor.ndim].reshape(-1)
+    flat = tensor.view(-1)
+    return flat if len(flat) <= n else flat.as_strided((n,), (len(flat) // n,), flat.storage_offset())
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def write(path: Path, fault: Fault | None = None, *, seed: int = 0, updates: int
             "logsumexp": 9.0 + 0.1 * rng.normal(),
             "reward": 0.5 + 0.05 * rng.normal(),
             "outside_share": 0.0,
+            "loss_factor": 1.0,
             "gradient_scale": 100 * np.exp(0.3 * rng.normal()),
         }
         norms: Columns = {

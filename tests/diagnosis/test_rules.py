@@ -117,6 +117,42 @@ def padding_marked(tokens: Columns, row: Columns, norms: Columns) -> None:
     tokens["logprob"][late] = tokens["old_logprob"][late] = -8.0
 
 
+def tool_answers(tokens: Columns, row: Columns, norms: Columns) -> None:
+    told = tokens["position"] >= 3
+    tokens["token_id"][told] = tokens["position"][told]
+    tokens["logprob"][told] = tokens["old_logprob"][told] = -6.0
+
+
+def pushed_on(tokens: Columns, row: Columns, norms: Columns) -> None:
+    row["clip"] = (np.inf, np.inf)
+    if (tokens["logprob"] != tokens["old_logprob"]).any():
+        punished = tokens["advantage"] < 0
+        tokens["logprob"][punished] = tokens["old_logprob"][punished] - 3.0
+        tokens["in_loss"][punished] *= 20  # whose ratio is 0.05
+
+
+def not_unscaled(tokens: Columns, row: Columns, norms: Columns) -> None:
+    row["loss_factor"] = 64.0
+    row["gradient_scale"] *= 64.0
+
+
+def one_layer_moves(tokens: Columns, row: Columns, norms: Columns) -> None:
+    norms["moved_between"][1] = 0.05
+
+
+def final_norm_moves(tokens: Columns, row: Columns, norms: Columns) -> None:
+    norms["moved_between"][3] = 0.05
+
+
+def tiny_rate(tokens: Columns, row: Columns, norms: Columns) -> None:
+    row["learning_rate"] = 1e-10
+
+
+def begun_again(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+    """Adam's first step is as long as it can be; the later ones are not, until its state is lost."""
+    row["step_scale"] = 1.0 if update in (0, AT) else 0.4
+
+
 def collapse(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
     row["entropy_scale"] = 0.85 ** max(0, update - AT)
     tokens["entropy"] = tokens["entropy"].copy()
@@ -126,18 +162,23 @@ CASES = {
     "advantage-outlier": [at(one_huge_advantage), since(one_huge_advantage)],
     "behaviour-mismatch": [since(other_temperature), since(noisy_sampler), since(other_temperature, 0)],
     "no-signal": [since(no_advantages), since(no_advantages, 0)],
-    "loss-scale-jump": [at(summed_loss), since(summed_loss), since(summed_loss, 1)],
+    "loss-scale-jump": [at(summed_loss), since(summed_loss), since(summed_loss, 1), since(not_unscaled)],
     "dominant-sequence": [at(heavy_sequence), since(heavy_sequence)],
-    "negative-rare-token": [at(rare_and_punished), since(rare_and_punished)],
+    "negative-rare-token": [at(rare_and_punished), since(rare_and_punished), since(pushed_on)],
     "ratio-blow-up": [since(runaway)],
     "clip-saturation": [since(tight_bounds), since(tight_bounds, 0)],
-    "layer-amplification": [since(other_layer_gradient), at(weights_replaced), at(other_layer_gradient)],
+    "layer-amplification": [
+        since(other_layer_gradient),
+        at(weights_replaced),
+        at(other_layer_gradient),
+        since(one_layer_moves),
+    ],
     "optimizer-lag": [at(lost_moments), at(forgotten_momentum)],
     "step-too-large": [at(high_rate), since(high_rate), since(high_rate, 0)],
     "non-finite": [since(nan_gradient), since(nan_gradient, 0)],
-    "precision-loss": [since(rounded)],
-    "logit-drift": [since(pushed_alike), since(head_moves)],
-    "unmasked-tokens": [since(prompt_in_loss), since(padding_marked), since(prompt_in_loss, 0)],
+    "precision-loss": [since(rounded), since(tiny_rate)],
+    "logit-drift": [since(pushed_alike), since(head_moves), since(final_norm_moves)],
+    "unmasked-tokens": [since(prompt_in_loss), since(padding_marked), since(prompt_in_loss, 0), since(tool_answers)],
 }
 PLACES = [(cause, place) for cause, faults in CASES.items() for place in range(len(faults))]
 
@@ -173,6 +214,27 @@ def _acts(fault: Fault, update: int) -> bool:
 
     fault(update, Watched(), Watched(), Watched())
     return bool(seen)
+
+
+def test_an_optimiser_that_begins_again(tmp_path: Path) -> None:
+    report = lg.diagnose(write(tmp_path / "run", begun_again))
+    assert (report.cause, report.update) == ("optimizer-lag", AT)
+    assert "began again" in report.findings[0].sentence
+
+
+def test_a_schedule_that_ends_at_nothing_loses_no_precision(tmp_path: Path) -> None:
+    def decays(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+        row["learning_rate"] = 1e-5 * 0.5 * (1 + np.cos(np.pi * update / 400)) + 1e-13
+
+    assert lg.diagnose(write(tmp_path / "run", decays, updates=400)).findings == ()
+
+
+def test_an_fp16_scale_that_adapts_is_no_fault(tmp_path: Path) -> None:
+    def scaled(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+        scale = 65536.0 / 2 ** min(update, 4) * (2 if update > 12 else 1)
+        row["loss_factor"], row["gradient_scale"] = scale, row["gradient_scale"] * scale
+
+    assert lg.diagnose(write(tmp_path / "run", scaled)).findings == ()
 
 
 def test_entropy_that_falls_is_a_collapse_and_one_that_varies_is_none(tmp_path: Path) -> None:

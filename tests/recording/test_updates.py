@@ -152,6 +152,35 @@ def test_what_changes_the_weights_between_steps(tmp_path: Path, device: torch.de
     assert at["model.layers.0"] == 0.0
 
 
+def test_weights_changed_through_data_are_no_step(tmp_path: Path, device: torch.device) -> None:
+    """`.data` leaves no trace but in the values. On a GPU the recorder does not wait to see it: the step is unknown."""
+    model = build("llama", device)
+    task = make_task(model)
+    objective = lg.objective("sft")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with lg.attach(model, optimizer, run=tmp_path / "run", objective=objective) as probe:
+        for update in range(4):
+            if update == 2:
+                model.lm_head.weight.data.mul_(1.5)
+            before = flat(list(model.parameters()))
+            optimizer.zero_grad()
+            loss = loss_of(model, task, objective)
+            tell(probe, task, loss)
+            loss.backward()
+            optimizer.step()
+            if update == 2:
+                step, moved = flat(list(model.parameters())) - before, model.lm_head.weight.norm()
+    updates = lg.load_run(tmp_path / "run").updates
+    assert updates["moved_between"][1] == 0.0
+    if device.type == "cpu":
+        assert updates["moved_between"][3] == 0.0
+        assert updates["update_norm"][2] == pytest.approx(float(step.norm()), rel=4.5 / 128)
+        assert updates["moved_between"][2] == pytest.approx(float(moved) / 3, rel=0.1)
+    else:
+        assert np.isnan(updates["update_norm"][2])
+        assert np.isnan(updates["moved_between"][2])
+
+
 def gpt2_parts(grad: Tensor) -> list[Tensor]:
     return [grad[:, :32], grad[:, 32:64], grad[:, 64:]]  # Conv1D: columns q | k | v
 
