@@ -112,7 +112,7 @@ def _momentum_kept(s: Signals) -> list[Finding]:
 
 
 def _begun_again(s: Signals) -> list[Finding]:
-    """Adam's first step moves every weight by the learning rate, further than any later one does: a second such step."""
+    """Adam's first step moves every weight by the learning rate, further than any later one: a second such step."""
     step, rate, gradient = s.get("update_norm"), s.get("learning_rate"), s.get("grad_norm_clipped")
     if step is None or rate is None or gradient is None or _betas(s) is None or s.steps[0] != 0 or not rate[0] > 0:
         return []
