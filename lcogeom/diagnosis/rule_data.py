@@ -157,7 +157,7 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
         if s.tokens is not None and s.token("advantage") is not None:
             s.lacks("behaviour-mismatch", "old_logprob", "pass old_logprobs to probe.batch()", "tokens")
         return []
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = np.abs(np.log(ratio))
     apart = tokens.mean(np.where(np.isfinite(log_ratio), log_ratio, np.nan))
     many = tokens.mean((log_ratio > APART / 3).astype(float))
