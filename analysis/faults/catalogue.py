@@ -1,7 +1,7 @@
 """The faults: each a real mistake at one place of a real loop, with the cause it stands for and when it shows.
 
-A way is one kind of mistake. Ways come in series: the newest is held out, and was made without a look at the rules; those
-before it are what the rules were tuned on.
+A way is one kind of mistake. Ways come in series: the newest is held out, and was made without a look at the rules;
+those before it are what the rules were tuned on.
 """
 
 from __future__ import annotations

@@ -64,9 +64,10 @@ def clip_saturation(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks
 
 
 def dominant_sequence(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:
-    """By how much the sequence with the largest factor exceeds the median."""
-    rows = factor(run.tokens).groupby([run.tokens["step"], run.tokens["sequence"]]).max().groupby("step")
-    return rows.max() / rows.median()
+    """By how much the sequence with the largest factor, or gradient where that is not known, exceeds the median."""
+    sizes = run.tokens["logit_grad_norm"] if run.tokens["d1"].isna().all() else factor(run.tokens)
+    rows = sizes.groupby([run.tokens["step"], run.tokens["sequence"]]).max().groupby("step")
+    return rows.max() / rows.median().replace(0.0, np.nan)
 
 
 def entropy_collapse(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:
@@ -77,7 +78,7 @@ def layer_amplification(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> M
     """By how much the layer whose gradient or weights have grown most has outgrown the median layer."""
     layers = run.norms[run.norms["scope"] == "layer"]
     found = []
-    for column, bound in (("grad_norm", 1.0), ("weight_norm", 3.0)):
+    for column, bound in (("grad_norm", 1.0), ("grad_norm_clipped", 1.0), ("weight_norm", 3.0)):
         wide = layers.pivot_table(index="step", columns="name", values=column)
         grown = wide / wide.rolling(EARLIER, min_periods=1).mean().shift(1)
         found.append(bound * grown.max(axis=1) / grown.median(axis=1))
@@ -91,11 +92,16 @@ def logit_drift(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:
 def loss_scale_jump(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:
     median = factor(run.tokens).where(lambda values: values > 0).groupby(run.tokens["step"]).median()
     count = updates["tokens"].reindex(median.index)
-    return np.maximum(jump(median * count), jump(updates["loss_factor"]).reindex(median.index))
+    if run.tokens["d1"].isna().all():
+        median = updates["logit_grad_norm"]
+    found = [jump(median * count), jump(updates["loss_factor"]).reindex(median.index)]
+    if updates["loss_factor"].isna().all():  # a trainer whose scaler is out of sight
+        found.append(jump(updates["grad_norm"] / updates["logit_grad_norm"]))
+    return pd.concat(found, axis=1).max(axis=1)
 
 
 def negative_rare_token(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:
-    return shares(run.tokens, (run.tokens["advantage"].astype(float) < 0) & (run.tokens["prob"] < 0.02))
+    return shares(run.tokens, (run.tokens["advantage"].astype(float) < 0) & (run.tokens["prob"] < 0.003))
 
 
 def no_signal(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks:

@@ -71,7 +71,7 @@ def greedy(_: float) -> Places:
 
 
 @way("no-signal", "cut-short", "third", "completions end after one token: no answer is ever whole", 1, 1,
-     objectives=SIGNED, rollout=True, from_start=True)  # fmt: skip
+     objectives=("grpo", "reinforce"), rollout=True, from_start=True)  # fmt: skip
 def cut_short(_: float) -> Places:
     def cut(samples: list[Sample], now: Now) -> list[Sample]:
         short = []
@@ -144,7 +144,7 @@ def eight_bits(size: float) -> Places:
 
 @way("negative-rare-token", "rejected-of-a-data-set", "third",
      "a data set's rejected answers stand for one's own samples: the policy never gives them, and is punished for them",
-     12, 32, objectives=("reinforce", "grpo"), rollout=True)  # fmt: skip
+     24, 48, objectives=("reinforce", "grpo"), rollout=True)  # fmt: skip
 def rejected(size: float) -> Places:
     """Random digits, the last tokens of a group's rows: the first ones keep what right answers there are."""
 
@@ -165,7 +165,7 @@ def rejected(size: float) -> Places:
 
 @way("negative-rare-token", "uniform-exploration", "third",
      "the sampler draws a share of the tokens uniformly from the vocabulary, and wrong answers are punished unclipped",
-     0.15, 0.4, objectives=("reinforce",), rollout=True)  # fmt: skip
+     0.2, 0.4, objectives=("reinforce",), rollout=True)  # fmt: skip
 def uniform(size: float) -> Places:
     def explore(samples: list[Sample], now: Now) -> list[Sample]:
         changed = []
@@ -178,11 +178,15 @@ def uniform(size: float) -> Places:
             changed.append(replace(sample, completion_ids=ids, completion=text, reward=score(text, sample.problem)))
         return changed
 
-    return {"samples": explore}
+    def punish(advantages: Tensor, now: Now) -> Tensor:
+        assert now.rewards is not None
+        return (2 * now.rewards.to(advantages) - 1)[:, None].expand_as(advantages)
+
+    return {"samples": explore, "advantages": punish}
 
 
 @way("negative-rare-token", "echoed-prompt", "third",
-     "a tool's output in the completion is trained on as if the policy had written it, and the answer is wrong", 10, 40,
+     "a tool's output in the completion is trained on as if the policy had written it, and the answer is wrong", 20, 48,
      objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
 def echoed(size: float) -> Places:
     """The tool gives the prompt back, before the answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from catalogue import RATIO, once, way
+from catalogue import RATIO, way
 from faults_of_losses import UNCLIPPED, clipped_objective, row_that_counts
 from plain_loop import Alter, Now, logprobs_of, shifted_logits
 from torch import Tensor
@@ -47,8 +47,8 @@ def other_rows(size: float) -> Places:
     return {"mask": swap}
 
 
-@way("unmasked-tokens", "bonus-everywhere", "third", "the entropy bonus runs over prompts and padding as well", 0.1,
-     1.0, from_start=True, objectives=SPREAD, plain=True)  # fmt: skip
+@way("unmasked-tokens", "bonus-everywhere", "third", "the entropy bonus runs over prompts and padding as well", 1,
+     5, from_start=True, objectives=SPREAD, plain=True)  # fmt: skip
 def bonus_everywhere(size: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
@@ -75,7 +75,7 @@ def rank_not_averaged(size: float) -> Places:
 
 
 @way("dominant-sequence", "priorities-too-sharp", "third",
-     "completions are weighed by a softmax of their priorities, and its temperature is far too low", 4, 12,
+     "completions are weighed by a softmax of their priorities, and its temperature is far too low", 1, 1.3,
      plain=True)  # fmt: skip
 def sharp_priorities(size: float) -> Places:
     """The priority is how surprising a completion is, in standard deviations, among those with a large gradient."""
@@ -130,31 +130,42 @@ def scaler_grows(size: float) -> Places:
 # clip-saturation ------------------------------------------------------------------------------------------------------
 
 
+def keep_old(old: Tensor, now: Now) -> Tensor:
+    now.kept["old"] = old
+    return old
+
+
+def log_ratios(now: Now) -> Tensor:
+    """(B, T), 0 off the completions."""
+    assert now.sequences is not None
+    assert now.logits is not None
+    apart = logprobs_of(now.logits.detach(), now.sequences.input_ids) - now.kept["old"]
+    return apart * now.sequences.action_mask
+
+
+def only_rows(losses: Tensor, kept: Tensor, now: Now) -> Tensor:
+    """No gradient from the others. losses: (M,); kept: (B,) bool."""
+    assert now.sequences is not None
+    mask = now.sequences.action_mask
+    return torch.where(kept[:, None].expand(mask.shape)[mask], losses, 0.0 * losses.detach())
+
+
+MANY: dict[str, Any] = {"inner_epochs": 8, "learning_rate": 5e-5}
+
+
 @way("clip-saturation", "sequences-dropped", "third",
      "a completion is dropped where one of its ratios leaves bounds that are far too tight", 1e-3, 1e-5,
-     objectives=RATIO, setup={"inner_epochs": 8, "learning_rate": 5e-5}, rollout=True, from_start=True,
-     seen=(1, 4), plain=True)  # fmt: skip
+     objectives=RATIO, setup=MANY, rollout=True, from_start=True, seen=(1, 4), plain=True)  # fmt: skip
 def sequences_dropped(size: float) -> Places:
-    def keep(old: Tensor, now: Now) -> Tensor:
-        now.kept["old"] = old
-        return old
-
     def drop(losses: Tensor, now: Now) -> Tensor:
-        assert now.sequences is not None
-        assert now.logits is not None
-        mask = now.sequences.action_mask
-        if "old" not in now.kept or len(now.kept["old"]) != len(mask):
-            return losses
-        apart = (logprobs_of(now.logits.detach(), now.sequences.input_ids) - now.kept["old"]).abs() * mask
-        inside = (apart.amax(1) <= size)[:, None].expand(mask.shape)[mask]
-        return torch.where(inside, losses, 0.0 * losses.detach())
+        return only_rows(losses, log_ratios(now).abs().amax(1) <= size, now)
 
-    return {"old_logprobs": keep, "token_losses": drop}
+    return {"old_logprobs": keep_old, "token_losses": drop}
 
 
 @way("clip-saturation", "bounds-annealed", "third",
      "the clip bounds are annealed to 0, over far too few updates", 4, 1, objectives=RATIO,
-     setup={"inner_epochs": 8, "learning_rate": 5e-5, "updates": 36}, seen=(0, 9))  # fmt: skip
+     setup=MANY | {"updates": 36}, seen=(0, 9))  # fmt: skip
 def bounds_annealed(size: float) -> Places:
     def anneal(_: lg.Objective, now: Now) -> lg.Objective:
         bound = 0.2 * max(0.0, 1 - (now.since + 1) / size)
@@ -163,14 +174,17 @@ def bounds_annealed(size: float) -> Places:
     return {"objective": anneal}
 
 
-@way("clip-saturation", "early-stop-never-fires", "third",
-     "a rollout is used until the KL is large, and the KL that is looked at is that of the padding: 0", 16, 24,
-     objectives=RATIO, setup={"learning_rate": 1.5e-4, "updates": 44}, rollout=True, seen=(1, 12))  # fmt: skip
-def never_fires(size: float) -> Places:
-    def renew(_: bool, now: Now) -> bool:
-        return now.since % int(size) == 0
+@way("clip-saturation", "bounds-of-a-sequence", "third",
+     "completions are clipped by their mean log-ratio, with bounds meant for one update a rollout", 3e-4, 3e-6,
+     objectives=RATIO, setup=MANY, rollout=True, from_start=True, seen=(1, 4), plain=True)  # fmt: skip
+def of_a_sequence(size: float) -> Places:
+    def clip(losses: Tensor, now: Now) -> Tensor:
+        assert now.sequences is not None
+        assert now.advantages is not None
+        mean = log_ratios(now).sum(1) / now.sequences.action_mask.sum(1)
+        return only_rows(losses, mean * now.advantages[:, 0].sign() <= size, now)
 
-    return {"renew": renew}
+    return {"old_logprobs": keep_old, "token_losses": clip}
 
 
 # ratio-blow-up --------------------------------------------------------------------------------------------------------
@@ -188,7 +202,7 @@ def larger_of_two(name: str, low: float = 0.2, high: float = 0.2) -> lg.Objectiv
     return ActionObjective(name, loss, ("advantages", "old_logprobs"))
 
 
-LONG: dict[str, Any] = {"inner_epochs": 20, "updates": 40}
+LONG: dict[str, Any] = {"inner_epochs": 30, "updates": 60}
 
 
 @way("ratio-blow-up", "max-for-min", "third", "the surrogate takes the larger of the clipped and the unclipped term",
@@ -198,16 +212,16 @@ def max_for_min(_: float) -> Places:
     return {"objective": lambda objective, _: larger_of_two(objective.name)}
 
 
-@way("ratio-blow-up", "never-renewed-unclipped", "third",
-     "from here on the rollout is never renewed, and nothing is clipped", 3e-4, 5e-4, objectives=RATIO,
-     setup=lambda rate: UNCLIPPED | {"learning_rate": rate, "updates": 48}, rollout=True, seen=(1, 12),
-     until=("ratio_max", 5.0), plain=True)  # fmt: skip
-def never_renewed(_: float) -> Places:
-    return {"renew": lambda *_: False}
+@way("ratio-blow-up", "one-rollout-for-good", "third",
+     "from here on one rollout, of a hot sampler, is used for all updates, and nothing is clipped", 3e-4, 4e-4,
+     objectives=RATIO, setup=lambda rate: UNCLIPPED | {"learning_rate": rate, "updates": 60}, rollout=True,
+     seen=(1, 12), until=("ratio_max", 5.0), plain=True)  # fmt: skip
+def for_good(_: float) -> Places:
+    return {"temperature": lambda *_: 1.5, "renew": lambda _, now: now.since == 0}
 
 
 @way("ratio-blow-up", "clip-in-percent", "third",
-     "clip bounds are given in percent: 20 where 0.2 was meant", 3e-4, 5e-4, objectives=RATIO,
+     "clip bounds are given in percent: 20 where 0.2 was meant", 5e-4, 8e-4, objectives=RATIO,
      setup=lambda rate: LONG | {"learning_rate": rate, "options": {"clip_low": 20.0, "clip_high": 20.0}},
      from_start=True, always=True, seen=(1, 12), until=("ratio_max", 5.0), plain=True)  # fmt: skip
 def in_percent(_: float) -> Places:
@@ -225,7 +239,8 @@ COLLAPSE: dict[str, Any] = {"from_start": True, "always": True, "until": ("entro
 
 
 @way("entropy-collapse", "certainty-pays", "third", "the reward is the policy's own certainty", 5e-4, 8e-4,
-     objectives=SIGNED, setup=slow, rollout=True, plain=True, **COLLAPSE)  # fmt: skip
+     objectives=SIGNED, setup=lambda rate: slow(rate) | {"updates": 160}, rollout=True, plain=True,
+     **COLLAPSE)  # fmt: skip
 def certainty_pays(_: float) -> Places:
     def certainty(_: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None

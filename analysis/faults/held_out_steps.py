@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from catalogue import once, way
 from faults_of_steps import blocks, moments
-from plain_loop import Alter, Now
+from plain_loop import SAMPLES, Alter, Now
 from torch import Tensor
 
 Places = dict[str, Alter]
@@ -22,19 +22,22 @@ def final_norm(model: Any) -> torch.nn.Module:
 # step-too-large -------------------------------------------------------------------------------------------------------
 
 
-@way("step-too-large", "warmup-upside-down", "third", "the warmup falls from a peak to the rate instead of rising to it",
+@way("step-too-large", "warmup-upside-down", "third",
+     "the warmup falls from a peak to the rate instead of rising to it",
      100, 400, setup={"warmup": 0}, from_start=True, always=True)  # fmt: skip
 def upside_down(size: float) -> Places:
     return {"rate": lambda rate, now: rate * size ** max(0.0, 1 - now.since / 8)}
 
 
 @way("step-too-large", "adaptive-rate", "third",
-     "the rate adapts to the KL, which it always reads as 0: it is raised at each update", 2, 4, seen=(1, 5))  # fmt: skip
+     "the rate adapts to the KL, which it always reads as 0: it is raised at each update",
+     2, 4, seen=(1, 5))  # fmt: skip
 def adaptive(size: float) -> Places:
     return {"rate": lambda rate, now: rate * min(size ** (now.since + 1), 1000.0)}
 
 
-@way("step-too-large", "times-tokens", "third", "the rate is meant for a sum over tokens, and is scaled by their number",
+@way("step-too-large", "times-tokens", "third",
+     "the rate is meant for a sum over tokens, and is scaled by their number",
      0.2, 1)  # fmt: skip
 def times_tokens(size: float) -> Places:
     def scaled(rate: float, now: Now) -> float:
@@ -65,7 +68,8 @@ def of_others(size: float) -> Places:
 
 
 @way("optimizer-lag", "no-memory-of-squares", "third",
-     "Adam's second beta is read from a field that is empty: the squares are forgotten at each step", 0.1, 0.0)  # fmt: skip
+     "Adam's second beta is read from a field that is empty: the squares are forgotten at each step",
+     0.1, 0.0)  # fmt: skip
 def no_memory(size: float) -> Places:
     def forget(_: Any, now: Now) -> None:
         for group in now.optimizer.param_groups:
@@ -108,7 +112,7 @@ def norm_summed(size: float) -> Places:
 
 
 @way("layer-amplification", "block-made-anew", "third",
-     "a block's name is missing in the file that is loaded, and it is made anew, far too large", 3, 10)  # fmt: skip
+     "a block's name is missing in the file that is loaded, and it is made anew, far too large", 5, 10)  # fmt: skip
 def made_anew(size: float) -> Places:
     def make(_: Any, now: Now) -> None:
         with torch.no_grad():
@@ -123,15 +127,16 @@ def made_anew(size: float) -> Places:
 # non-finite -----------------------------------------------------------------------------------------------------------
 
 
-@way("non-finite", "zero-over-zero", "third", "a group's advantages are divided by a deviation of 0", 1, 1,
-     objectives=("grpo", "ppo", "reinforce", "lco-kld"), rollout=True)  # fmt: skip
+@way("non-finite", "zero-over-zero", "third", "a prompt's completions are weighed by a share of nothing: 0 / 0", 1, 1,
+     plain=True)  # fmt: skip
 def zero_over_zero(_: float) -> Places:
-    def divide(advantages: Tensor, now: Now) -> Tensor:
-        group = int(torch.randint(len(advantages) // 8, (), generator=now.draw)) * 8
-        advantages[group : group + 8] = float("nan")
-        return advantages
+    def divide(weights: Tensor, now: Now) -> Tensor:
+        group = int(torch.randint(len(weights) // SAMPLES, (), generator=now.draw)) * SAMPLES
+        weights = weights.clone()
+        weights[group : group + SAMPLES] *= torch.tensor(0.0) / torch.tensor(0.0)
+        return weights
 
-    return {"advantages": once(divide)}
+    return {"weights": once(divide)}
 
 
 @way("non-finite", "mean-of-nothing", "third", "an auxiliary loss is the mean over an empty selection of tokens", 1, 1)
@@ -163,7 +168,8 @@ def no_epsilon(_: float) -> Places:
 
 
 @way("precision-loss", "requantised", "third",
-     "weights are put back on an integer grid of so many bits after each step", 10, 8, from_start=True, seen=(0, 1))  # fmt: skip
+     "weights are put back on an integer grid of so many bits after each step",
+     10, 8, from_start=True, seen=(0, 1))  # fmt: skip
 def requantised(size: float) -> Places:
     """At an ordinary learning rate."""
 
@@ -194,8 +200,8 @@ def engine_shares(_: float) -> Places:
 
 
 @way("logit-drift", "value-read-off-logits", "third",
-     "a critic shares the head: it is the mean of the logits, and its targets are large", 0.003, 0.03, seen=(0, 6),
-     plain=True)  # fmt: skip
+     "a critic shares the head: it is the mean of the logits, and its targets are large", 0.03, 0.3, seen=(0, 20),
+     setup={"learning_rate": 2e-4, "updates": 52}, plain=True)  # fmt: skip
 def value_off_logits(size: float) -> Places:
     def regress(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
@@ -206,7 +212,8 @@ def value_off_logits(size: float) -> Places:
 
 
 @way("logit-drift", "multiplier-compounds", "third",
-     "the multiplier of the last hidden states is applied once more at each update", 0.03, 0.1, seen=(1, 6))  # fmt: skip
+     "the multiplier of the last hidden states is applied once more at each update",
+     0.03, 0.1, seen=(1, 6))  # fmt: skip
 def compounds(size: float) -> Places:
     def put(_: Any, now: Now) -> None:
         def multiply(_: Any, __: Any, hidden: Tensor) -> Tensor:
