@@ -20,8 +20,8 @@ COMMON: tuple[Kind, ...] = (
     {"task": "addition-2"},
     {"tap": "hidden", "accumulation": 2},
     {"tap": "logits", "reduction": "sequence", "schedule": "linear"},
-    {"optimizer": "sgd", "learning_rate": 1e-2, "warmup": 0},
-    {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 2e-3},
+    {"optimizer": "sgd", "learning_rate": 3e-3, "warmup": 0},
+    {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 5e-4},
     {"learning_rate": 2e-4, "warmup": 10, "schedule": "cosine"},
     {"learning_rate": 1e-5, "warmup": 0, "clip_norm": None},
 )

@@ -200,7 +200,7 @@ def engine_shares(_: float) -> Places:
 
 
 @way("logit-drift", "value-read-off-logits", "third",
-     "a critic shares the head: it is the mean of the logits, and its targets are large", 0.03, 0.3, seen=(0, 20),
+     "a critic shares the head: it is the mean of the logits, and its targets are large", 0.03, 0.3, seen=(0, 24),
      setup={"learning_rate": 2e-4, "updates": 52}, plain=True)  # fmt: skip
 def value_off_logits(size: float) -> Places:
     def regress(loss: Tensor, now: Now) -> Tensor:
