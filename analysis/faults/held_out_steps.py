@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from catalogue import once, way
+from faults_of_losses import row_that_counts
 from faults_of_steps import blocks, moments
 from plain_loop import SAMPLES, Alter, Now
 from torch import Tensor
@@ -222,3 +223,21 @@ def compounds(size: float) -> Places:
         final_norm(now.model).register_forward_hook(multiply)
 
     return {"before_update": once(put)}
+
+
+# dominant-sequence, made last: a way in front of others would give them other models and seeds ------------------------
+
+
+@way("dominant-sequence", "importance-not-truncated", "third",
+     "completions are weighed by the ratio of two engines' probabilities, which nothing bounds from above",
+     1.6, 3)  # fmt: skip
+def not_truncated(size: float) -> Places:
+    """Logarithms of the ratios are normal, `size` wide; the largest one falls on a completion that has a gradient."""
+
+    def weigh(weights: Tensor, now: Now) -> Tensor:
+        ratios = (size * torch.randn(len(weights), generator=now.draw)).exp().double()
+        row, largest = row_that_counts(now), int(ratios.argmax())
+        ratios[[row, largest]] = ratios[[largest, row]]
+        return weights * ratios[:, None]
+
+    return {"weights": weigh}
