@@ -1,6 +1,7 @@
 """The faults: each a real mistake at one place of a real loop, with the cause it stands for and when it shows.
 
-A way is one kind of mistake; it belongs to one half of the bench, the tuning half or the held-out half, for good.
+A way is one kind of mistake. Ways come in series: the newest is held out, and was made without a look at the rules;
+those before it are what the rules were tuned on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ RATIO = ("grpo", "ppo")
 ALL = (*RL, "sft")
 
 
+SERIES = {"first": 0, "second": 5000, "third": 9000}
+"""In the order in which they were made, each with what its seeds begin at."""
+
+
+def half_of(series: str) -> str:
+    """`tuning`, or `held-out`: the newest series."""
+    return "held-out" if series == list(SERIES)[-1] else "tuning"
+
+
 @dataclass(frozen=True, eq=False)
 class Way:
     """One way to make one cause."""
 
     cause: str
     name: str
-    half: str
-    """'tuning' or 'held-out'."""
+    series: str
+    """Which of SERIES it came with."""
     says: str
     """What went wrong, in words."""
     make: Any
@@ -56,11 +66,11 @@ class Way:
 WAYS: list[Way] = []
 
 
-def way(cause: str, name: str, half: str, says: str, *sizes: float, **options: Any) -> Any:
+def way(cause: str, name: str, series: str, says: str, *sizes: float, **options: Any) -> Any:
     """Put the function below into the list: (size) -> place -> what happens there. sizes: mild, severe."""
 
     def add(make: Any) -> Any:
-        WAYS.append(Way(cause, name, half, says, make, *sizes, **options))
+        WAYS.append(Way(cause, name, series, says, make, *sizes, **options))
         return make
 
     return add
@@ -113,7 +123,7 @@ BY_OBJECTIVE = {"sft": {"learning_rate": 2e-4}, "reinforce": {"inner_epochs": 1}
 
 def faulty_cases() -> list[Case]:
     """Four of each way: mild and severe, early (or from the start) and late; models and objectives take turns."""
-    cases, seeds = [], {"tuning": 100, "held-out": 5100}
+    cases, seeds = [], {series: start + 100 for series, start in SERIES.items()}
     for turn, one in enumerate(ways()):
         for place in range(4):
             severe, late = place in (1, 2), place in (1, 3)
@@ -131,9 +141,9 @@ def faulty_cases() -> list[Case]:
                 first = 0
             if one.always or one.make(size) == {}:
                 first = 0
-            seeds[one.half] += 1
+            seeds[one.series] += 1
             name = f"{one.cause}/{one.name}/{place}"
-            cases.append(Case(name, one.half, seeds[one.half], setup, one, size, severe, first))
+            cases.append(Case(name, half_of(one.series), seeds[one.series], setup, one, size, severe, first))
         for loop, known in (("ours", OURS), ("trl", TRLS)):
             if (case := in_library(one, turn, loop, known)) is not None:
                 cases.append(case)
@@ -167,8 +177,8 @@ def in_library(one: Way, turn: int, loop: str, known: frozenset[str]) -> Case | 
         first = 0
     if one.cause == "non-finite" and not one.rollout:
         first += 1  # in the middle of a rollout: sampling with such weights would end the run before it is recorded
-    seed = {"ours": 300, "trl": 400}[loop] + turn + 5000 * (one.half == "held-out")
-    return Case(f"{one.cause}/{one.name}/{loop}", one.half, seed, setup, one, one.severe, True, first, loop)
+    seed = {"ours": 300, "trl": 400}[loop] + turn + SERIES[one.series]
+    return Case(f"{one.cause}/{one.name}/{loop}", half_of(one.series), seed, setup, one, one.severe, True, first, loop)
 
 
 HEALTHY: tuple[dict[str, object], ...] = (
@@ -186,18 +196,19 @@ HEALTHY: tuple[dict[str, object], ...] = (
 
 
 def healthy_cases() -> list[Case]:
-    """Every objective with every kind of settings, on both halves' seeds."""
+    """Every objective with every kind of settings, on the seeds of both older series; then those that are held out."""
     cases = []
-    for start, half in ((500, "tuning"), (5500, "held-out")):
-        turn = 0
+    for series in ("first", "second"):
+        turn, half = 0, half_of(series)
+        start, place = SERIES[series] + 500, 10 * (series == "second")
         for objective in ("grpo", "ppo", "lco-kld", "lco-mse", "reinforce", "sft"):
             for kind in HEALTHY:
                 turn += 1
                 setup = Setup(
-                    model=("tiny", "gpt2")[(turn + (half == "tuning") + turn // 10) % 2],
+                    model=("tiny", "gpt2")[(turn + (series == "first") + turn // 10) % 2],
                     **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), **kind},
                 )
-                name = f"healthy/{objective}-{'-'.join(map(str, kind)) or 'plain'}/{turn % 10}"
+                name = f"healthy/{objective}-{'-'.join(map(str, kind)) or 'plain'}/{turn % 10 + place}"
                 cases.append(Case(name, half, start + turn, setup))
         for loop, objectives in OBJECTIVES.items():
             for objective in objectives:
@@ -206,7 +217,32 @@ def healthy_cases() -> list[Case]:
                     model=("tiny", "gpt2")[turn % 2],
                     **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), "updates": 24},
                 )
-                cases.append(Case(f"healthy/{objective}-{loop}/0", half, start + turn, setup, loop=loop))
+                cases.append(Case(f"healthy/{objective}-{loop}/{place}", half, start + turn, setup, loop=loop))
+    return [*cases, *held_out_healthy()]
+
+
+def held_out_healthy() -> list[Case]:
+    """The newest series' healthy runs: settings that people use, of which none is in HEALTHY."""
+    from held_out_healthy import IN_LIBRARIES, kinds
+
+    cases, series = [], list(SERIES)[-1]
+    for turn, (objective, kind) in enumerate(kinds(), start=1):
+        setup = Setup(
+            model=("tiny", "gpt2")[(turn + turn // 20) % 2],
+            **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), **kind},
+        )
+        name = f"healthy/{objective}-{'-'.join(kind) or 'plain'}/{19 + turn}"
+        cases.append(Case(name, half_of(series), SERIES[series] + 500 + turn, setup))
+    for loop, objectives in OBJECTIVES.items():
+        for objective in objectives:
+            for kind in IN_LIBRARIES:
+                turn += 1
+                setup = Setup(
+                    model=("tiny", "gpt2")[turn % 2],
+                    **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), "updates": 24, **kind},
+                )
+                name = f"healthy/{objective}-{loop}/{19 + turn}"
+                cases.append(Case(name, half_of(series), SERIES[series] + 500 + turn, setup, loop=loop))
     return cases
 
 
@@ -215,5 +251,8 @@ def ways() -> list[Way]:
     import faults_of_batches  # noqa: F401
     import faults_of_losses  # noqa: F401
     import faults_of_steps  # noqa: F401
+    import held_out_batches  # noqa: F401
+    import held_out_losses  # noqa: F401
+    import held_out_steps  # noqa: F401
 
     return WAYS

@@ -25,7 +25,7 @@ def one_sequence(now: Now) -> int:
 # advantage-outlier ----------------------------------------------------------------------------------------------------
 
 
-@way("advantage-outlier", "one-times-1000", "tuning", "one completion's advantage is multiplied", 50, 1000,
+@way("advantage-outlier", "one-times-1000", "first", "one completion's advantage is multiplied", 50, 1000,
      objectives=SIGNED, rollout=True)  # fmt: skip
 def one_times(size: float) -> Places:
     def multiply(advantages: Tensor, now: Now) -> Tensor:
@@ -36,7 +36,7 @@ def one_times(size: float) -> Places:
     return {"advantages": once(multiply)}
 
 
-@way("advantage-outlier", "unit-of-one-reward", "tuning", "one reward comes in another unit, unnormalised", 50, 1000,
+@way("advantage-outlier", "unit-of-one-reward", "first", "one reward comes in another unit, unnormalised", 50, 1000,
      objectives=SIGNED, rollout=True)  # fmt: skip
 def unit_of_one(size: float) -> Places:
     def shift(advantages: Tensor, now: Now) -> Tensor:
@@ -46,7 +46,7 @@ def unit_of_one(size: float) -> Places:
     return {"advantages": once(shift)}
 
 
-@way("advantage-outlier", "tiny-deviation", "held-out",
+@way("advantage-outlier", "tiny-deviation", "second",
      "rewards of a group differ by rounding only, and the deviation has no floor", 30, 300, objectives=SIGNED,
      rollout=True)  # fmt: skip
 def tiny_deviation(size: float) -> Places:
@@ -60,7 +60,7 @@ def tiny_deviation(size: float) -> Places:
     return {"advantages": once(divide)}
 
 
-@way("advantage-outlier", "token-value-wrong", "held-out", "a critic's value is far off at one token", 100, 1000,
+@way("advantage-outlier", "token-value-wrong", "second", "a critic's value is far off at one token", 100, 1000,
      objectives=SIGNED, rollout=True, plain=True)  # fmt: skip
 def token_value(size: float) -> Places:
     def shift(advantages: Tensor, now: Now) -> Tensor:
@@ -73,7 +73,7 @@ def token_value(size: float) -> Places:
     return {"advantages": once(shift)}
 
 
-@way("advantage-outlier", "bonus", "held-out", "a bonus meant once a run is paid to one completion", 40, 400,
+@way("advantage-outlier", "bonus", "second", "a bonus meant once a run is paid to one completion", 40, 400,
      objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
 def bonus(size: float) -> Places:
     def pay(advantages: Tensor, now: Now) -> Tensor:
@@ -86,25 +86,25 @@ def bonus(size: float) -> Places:
 # no-signal ------------------------------------------------------------------------------------------------------------
 
 
-@way("no-signal", "reward-broken", "tuning", "the reward function returns 0 for everything", 1, 1,
+@way("no-signal", "reward-broken", "first", "the reward function returns 0 for everything", 1, 1,
      objectives=("grpo", "ppo", "reinforce"), rollout=True, from_start=True)  # fmt: skip
 def reward_broken(_: float) -> Places:
     return {"rewards": lambda rewards, _: torch.zeros_like(rewards)}
 
 
-@way("no-signal", "all-solved", "tuning", "every completion is rewarded alike", 1, 1,
+@way("no-signal", "all-solved", "first", "every completion is rewarded alike", 1, 1,
      objectives=("grpo", "ppo", "reinforce"), rollout=True, from_start=True)  # fmt: skip
 def all_solved(_: float) -> Places:
     return {"rewards": lambda rewards, _: torch.ones_like(rewards)}
 
 
-@way("no-signal", "advantages-masked", "held-out", "advantages are multiplied by an empty mask", 1, 1,
+@way("no-signal", "advantages-masked", "second", "advantages are multiplied by an empty mask", 1, 1,
      objectives=RL, rollout=True, from_start=True)  # fmt: skip
 def masked(_: float) -> Places:
     return {"advantages": lambda advantages, _: advantages * 0}
 
 
-@way("no-signal", "one-prompt-each", "held-out", "each group holds one completion many times (a cached sampler)", 1, 1,
+@way("no-signal", "one-prompt-each", "second", "each group holds one completion many times (a cached sampler)", 1, 1,
      objectives=("grpo",), rollout=True, from_start=True)  # fmt: skip
 def copies(_: float) -> Places:
     def repeat(samples: list[Sample], _: Now) -> list[Sample]:
@@ -113,7 +113,7 @@ def copies(_: float) -> Places:
     return {"samples": repeat}
 
 
-@way("no-signal", "penalty-alone", "held-out", "rewards are all 0 and the KL penalty alone moves the policy", 1, 1,
+@way("no-signal", "penalty-alone", "second", "rewards are all 0 and the KL penalty alone moves the policy", 1, 1,
      objectives=("grpo",), rollout=True, setup={"options": {"beta": 0.04}})  # fmt: skip
 def penalty_alone(_: float) -> Places:
     return {"rewards": lambda rewards, _: torch.zeros_like(rewards)}
@@ -122,7 +122,7 @@ def penalty_alone(_: float) -> Places:
 # behaviour-mismatch ---------------------------------------------------------------------------------------------------
 
 
-@way("behaviour-mismatch", "temperature", "tuning", "old log-probabilities are of another temperature", 0.7, 0.4,
+@way("behaviour-mismatch", "temperature", "first", "old log-probabilities are of another temperature", 0.7, 0.4,
      objectives=RATIO, rollout=True, from_start=True)  # fmt: skip
 def temperature(size: float) -> Places:
     def other(_: Tensor, now: Now) -> Tensor:
@@ -133,7 +133,7 @@ def temperature(size: float) -> Places:
     return {"old_logprobs": other}
 
 
-@way("behaviour-mismatch", "quantised-sampler", "tuning", "the sampler's weights are rounded to few bits", 0.08, 0.15,
+@way("behaviour-mismatch", "quantised-sampler", "first", "the sampler's weights are rounded to few bits", 0.08, 0.15,
      objectives=RATIO, rollout=True, from_start=True)  # fmt: skip
 def quantised(size: float) -> Places:
     """Every matrix on a grid of `size` times its largest entry."""
@@ -153,7 +153,7 @@ def quantised(size: float) -> Places:
     return {"old_logprobs": other}
 
 
-@way("behaviour-mismatch", "stale-weights", "held-out", "old log-probabilities come from the starting weights", 1, 1,
+@way("behaviour-mismatch", "stale-weights", "second", "old log-probabilities come from the starting weights", 1, 1,
      objectives=RATIO, rollout=True, setup={"learning_rate": 3e-4})  # fmt: skip
 def stale_weights(_: float) -> Places:
     def other(_: Tensor, now: Now) -> Tensor:
@@ -164,13 +164,13 @@ def stale_weights(_: float) -> Places:
     return {"old_logprobs": other}
 
 
-@way("behaviour-mismatch", "shifted", "held-out", "old log-probabilities are off by one position", 1, 2,
+@way("behaviour-mismatch", "shifted", "second", "old log-probabilities are off by one position", 1, 2,
      objectives=RATIO, rollout=True, from_start=True)  # fmt: skip
 def shifted(size: float) -> Places:
     return {"old_logprobs": lambda old, _: old.roll(int(size), 1)}
 
 
-@way("behaviour-mismatch", "shuffled", "held-out", "old log-probabilities belong to other rows of the rollout", 1, 1,
+@way("behaviour-mismatch", "shuffled", "second", "old log-probabilities belong to other rows of the rollout", 1, 1,
      objectives=RATIO, rollout=True, from_start=True)  # fmt: skip
 def shuffled(_: float) -> Places:
     return {"old_logprobs": lambda old, now: old[torch.randperm(len(old), generator=now.draw)]}
@@ -197,14 +197,14 @@ def wrong(samples: list[Sample], count: float) -> list[int]:
     return [place for place, sample in enumerate(samples) if sample.reward == 0][: int(count)]
 
 
-@way("negative-rare-token", "forced-token", "tuning",
+@way("negative-rare-token", "forced-token", "first",
      "completions of another sampler: tokens that the policy never samples, with A < 0 and no clip", 8, 24,
      objectives=("reinforce",), rollout=True)  # fmt: skip
 def forced_token(size: float) -> Places:
     return {"samples": lambda samples, now: forced(samples, now, wrong(samples, size))}
 
 
-@way("negative-rare-token", "punished", "tuning", "wrong completions with one token that is never sampled are punished",
+@way("negative-rare-token", "punished", "first", "wrong completions with one token that is never sampled are punished",
      6, 16, objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
 def punished(size: float) -> Places:
     def swap(samples: list[Sample], now: Now) -> list[Sample]:
@@ -218,7 +218,7 @@ def punished(size: float) -> Places:
     return {"samples": once(swap), "advantages": once(punish)}
 
 
-@way("negative-rare-token", "all-negative", "held-out",
+@way("negative-rare-token", "all-negative", "second",
      "only wrong answers are kept, A = -1, one rollout for many updates, no clip", 1, 3, objectives=("reinforce",),
      rollout=True, seen=(0, 8), setup={"inner_epochs": 24, "learning_rate": 1.5e-4, "updates": 24},
      from_start=True, always=True)  # fmt: skip
@@ -226,7 +226,7 @@ def all_negative(size: float) -> Places:
     return {"advantages": lambda advantages, _: torch.full_like(advantages, -size)}
 
 
-@way("negative-rare-token", "hot-sampler", "held-out", "the sampler is far too hot, its errors are punished unclipped",
+@way("negative-rare-token", "hot-sampler", "second", "the sampler is far too hot, its errors are punished unclipped",
      3, 6, objectives=("reinforce",), rollout=True)  # fmt: skip
 def hot_sampler(size: float) -> Places:
     def punish(advantages: Tensor, now: Now) -> Tensor:

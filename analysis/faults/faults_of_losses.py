@@ -21,7 +21,7 @@ SIGNED = ("grpo", "ppo", "reinforce")
 # unmasked-tokens ------------------------------------------------------------------------------------------------------
 
 
-@way("unmasked-tokens", "prompts", "tuning", "the loss runs over the last tokens of the prompts as well", 1, 9,
+@way("unmasked-tokens", "prompts", "first", "the loss runs over the last tokens of the prompts as well", 1, 9,
      from_start=True, objectives=SPREAD)  # fmt: skip
 def prompts(size: float) -> Places:
     def widen(mask: Tensor, now: Now) -> Tensor:
@@ -32,7 +32,7 @@ def prompts(size: float) -> Places:
     return {"mask": widen}
 
 
-@way("unmasked-tokens", "padding", "tuning", "the loss runs over the padding as well", 1, 9, from_start=True,
+@way("unmasked-tokens", "padding", "first", "the loss runs over the padding as well", 1, 9, from_start=True,
      objectives=SPREAD)  # fmt: skip
 def padding(size: float) -> Places:
     def widen(mask: Tensor, now: Now) -> Tensor:
@@ -46,7 +46,7 @@ def padding(size: float) -> Places:
 @way(
     "unmasked-tokens",
     "shifted",
-    "held-out",
+    "second",
     "the loss's mask is shifted to the left",
     1,
     3,
@@ -62,7 +62,7 @@ def shifted(size: float) -> Places:
     return {"mask": move}
 
 
-@way("unmasked-tokens", "some-rows", "held-out", "prompts of a few rows of every batch are not masked", 4, 16,
+@way("unmasked-tokens", "some-rows", "second", "prompts of a few rows of every batch are not masked", 4, 16,
      from_start=True, objectives=SPREAD)  # fmt: skip
 def some_rows(size: float) -> Places:
     def widen(mask: Tensor, now: Now) -> Tensor:
@@ -75,7 +75,7 @@ def some_rows(size: float) -> Places:
     return {"mask": widen}
 
 
-@way("unmasked-tokens", "everything", "held-out", "the mask is forgotten: prompts, completions and padding", 1, 1,
+@way("unmasked-tokens", "everything", "second", "the mask is forgotten: prompts, completions and padding", 1, 1,
      from_start=True, objectives=SPREAD)  # fmt: skip
 def everything(_: float) -> Places:
     def widen(mask: Tensor, _: Now) -> Tensor:
@@ -110,12 +110,12 @@ def scaled_row(weights: Tensor, now: Now, size: float) -> Tensor:
     return weights
 
 
-@way("dominant-sequence", "length-bug", "tuning", "one completion's tokens are not divided by the batch", 40, 400)
+@way("dominant-sequence", "length-bug", "first", "one completion's tokens are not divided by the batch", 40, 400)
 def length_bug(size: float) -> Places:
     return {"weights": once(lambda weights, now: scaled_row(weights, now, size))}
 
 
-@way("dominant-sequence", "length-power", "tuning", "from here on one completion of each batch has a foreign weight",
+@way("dominant-sequence", "length-power", "first", "from here on one completion of each batch has a foreign weight",
      40, 400)  # fmt: skip
 def foreign_weight(size: float) -> Places:
     return {"weights": lambda weights, now: scaled_row(weights, now, size)}
@@ -124,7 +124,7 @@ def foreign_weight(size: float) -> Places:
 @way(
     "dominant-sequence",
     "micro-batch-of-one",
-    "held-out",
+    "second",
     "gradient accumulation averages the means of micro-batches, and one of them holds a single completion",
     4,
     2,
@@ -142,7 +142,7 @@ def micro_batch_of_one(size: float) -> Places:
     return {"parts": cut, "weights": mean_of_means}
 
 
-@way("dominant-sequence", "importance-of-a-row", "held-out", "a data set's sample weight of one row is in another unit",
+@way("dominant-sequence", "importance-of-a-row", "second", "a data set's sample weight of one row is in another unit",
      30, 1000)  # fmt: skip
 def row_weight(size: float) -> Places:
     def weigh(losses: Tensor, now: Now) -> Tensor:
@@ -156,29 +156,29 @@ def row_weight(size: float) -> Places:
 # loss-scale-jump ------------------------------------------------------------------------------------------------------
 
 
-@way("loss-scale-jump", "per-sequence", "tuning", "the loss is divided by the completions instead of the tokens, and "
+@way("loss-scale-jump", "per-sequence", "first", "the loss is divided by the completions instead of the tokens, and "
      "not by the accumulation steps", 8, 64)  # fmt: skip
 def per_sequence(size: float) -> Places:
     return {"loss": lambda loss, _: loss * size}
 
 
-@way("loss-scale-jump", "sum", "tuning", "the loss is a sum over the tokens", 1, 1)
+@way("loss-scale-jump", "sum", "first", "the loss is a sum over the tokens", 1, 1)
 def summed(_: float) -> Places:
     return {"weights": lambda weights, _: torch.ones_like(weights)}
 
 
-@way("loss-scale-jump", "divided-twice", "held-out", "the loss is divided twice", 16, 200)
+@way("loss-scale-jump", "divided-twice", "second", "the loss is divided twice", 16, 200)
 def divided_twice(size: float) -> Places:
     return {"loss": lambda loss, _: loss / size}
 
 
-@way("loss-scale-jump", "not-unscaled", "held-out", "the loss is multiplied for fp16, gradients are not unscaled", 64,
+@way("loss-scale-jump", "not-unscaled", "second", "the loss is multiplied for fp16, gradients are not unscaled", 64,
      2048)  # fmt: skip
 def not_unscaled(size: float) -> Places:
     return {"scale": lambda loss, _: loss * size}
 
 
-@way("loss-scale-jump", "one-update", "held-out", "one update's normaliser is that of a micro-batch", 20, 100)
+@way("loss-scale-jump", "one-update", "second", "one update's normaliser is that of a micro-batch", 20, 100)
 def one_update(size: float) -> Places:
     return {"weights": once(lambda weights, _: weights * size)}
 
@@ -191,26 +191,26 @@ def clipped_objective(now: Now, low: float, high: float) -> lg.Objective:
     return lg.objective(now.objective.name, **{**options, "clip_low": low, "clip_high": high})
 
 
-@way("clip-saturation", "bounds-tight", "tuning", "clip bounds in the wrong unit", 1e-4, 1e-6, objectives=RATIO,
+@way("clip-saturation", "bounds-tight", "first", "clip bounds in the wrong unit", 1e-4, 1e-6, objectives=RATIO,
      setup={"inner_epochs": 8, "learning_rate": 5e-5}, from_start=True, seen=(0, 4))  # fmt: skip
 def bounds_tight(size: float) -> Places:
     return {"objective": lambda _, now: clipped_objective(now, size, size)}
 
 
-@way("clip-saturation", "many-epochs", "tuning", "far too many inner epochs on one rollout", 14, 28, objectives=RATIO,
+@way("clip-saturation", "many-epochs", "first", "far too many inner epochs on one rollout", 14, 28, objectives=RATIO,
      setup=lambda size: {"inner_epochs": int(size), "learning_rate": 1.5e-4, "updates": 28}, from_start=True,
      seen=(1, 10))  # fmt: skip
 def many_epochs(_: float) -> Places:
     return {}
 
 
-@way("clip-saturation", "bounds-zero", "held-out", "clip bounds of 0", 0, 0, objectives=RATIO,
+@way("clip-saturation", "bounds-zero", "second", "clip bounds of 0", 0, 0, objectives=RATIO,
      setup={"inner_epochs": 8, "learning_rate": 5e-5}, from_start=True, seen=(0, 4))  # fmt: skip
 def bounds_zero(_: float) -> Places:
     return {"objective": lambda _, now: clipped_objective(now, 0.0, 0.0)}
 
 
-@way("clip-saturation", "buffer-never-renewed", "held-out", "from here on the rollout is never renewed", 1, 1,
+@way("clip-saturation", "buffer-never-renewed", "second", "from here on the rollout is never renewed", 1, 1,
      objectives=RATIO, setup={"learning_rate": 1.5e-4, "updates": 36}, seen=(1, 10), rollout=True)  # fmt: skip
 def never_renewed(_: float) -> Places:
     return {"renew": lambda *_: False}
@@ -219,7 +219,7 @@ def never_renewed(_: float) -> Places:
 # ratio-blow-up --------------------------------------------------------------------------------------------------------
 
 
-@way("ratio-blow-up", "demonstrations", "tuning",
+@way("ratio-blow-up", "demonstrations", "first",
      "tokens that the policy never samples are rewarded for many inner epochs, unclipped", 4, 8, objectives=RATIO,
      setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True, from_start=True,
      always=True, seen=(1, 8), until=("ratio_max", 5.0))  # fmt: skip
@@ -234,7 +234,7 @@ def demonstrations(size: float) -> Places:
     return {"samples": swap, "advantages": reward}
 
 
-@way("ratio-blow-up", "inverted-reward", "held-out",
+@way("ratio-blow-up", "inverted-reward", "second",
      "wrong answers are rewarded: rare actions grow for many inner epochs, unclipped", 2, 4, objectives=RATIO,
      setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True, from_start=True,
      always=True, seen=(1, 8), until=("ratio_max", 5.0))  # fmt: skip
@@ -242,7 +242,7 @@ def inverted(size: float) -> Places:
     return {"advantages": lambda advantages, _: size * advantages.clamp(max=0).abs()}
 
 
-@way("ratio-blow-up", "novelty-bonus", "held-out",
+@way("ratio-blow-up", "novelty-bonus", "second",
      "a hot sampler's rare tokens get a bonus for being rare, for many inner epochs, unclipped", 1.5, 2.0,
      objectives=RATIO, setup=UNCLIPPED | {"inner_epochs": 12, "learning_rate": 3e-4, "updates": 36}, rollout=True,
      always=True, seen=(1, 8), until=("ratio_max", 5.0), plain=True)  # fmt: skip
@@ -268,7 +268,7 @@ STEADY = ("lco-kld",)
 COLLAPSE = {"from_start": True, "always": True, "until": ("entropy", 0.3)}
 
 
-@way("entropy-collapse", "bonus-sign", "tuning", "the entropy bonus has the wrong sign", 7e-4, 1e-3, objectives=STEADY,
+@way("entropy-collapse", "bonus-sign", "first", "the entropy bonus has the wrong sign", 7e-4, 1e-3, objectives=STEADY,
      setup=slow, plain=True, **COLLAPSE)  # fmt: skip
 def bonus_sign(_: float) -> Places:
     def punish(loss: Tensor, now: Now) -> Tensor:
@@ -280,13 +280,13 @@ def bonus_sign(_: float) -> Places:
     return {"loss": punish}
 
 
-@way("entropy-collapse", "own-favourites", "tuning", "nearly greedy samples are all rewarded alike", 9e-4, 1.2e-3,
+@way("entropy-collapse", "own-favourites", "first", "nearly greedy samples are all rewarded alike", 9e-4, 1.2e-3,
      objectives=("ppo", "reinforce"), setup=slow, rollout=True, **COLLAPSE)  # fmt: skip
 def own_favourites(_: float) -> Places:
     return {"temperature": lambda *_: 0.3, "advantages": lambda advantages, _: torch.ones_like(advantages)}
 
 
-@way("entropy-collapse", "self-distilled", "held-out", "supervised training on nearly greedy samples of one's own",
+@way("entropy-collapse", "self-distilled", "second", "supervised training on nearly greedy samples of one's own",
      1e-3, 1.3e-3, objectives=("sft",), setup=lambda rate: slow(rate) | {"updates": 150},
      rollout=True, plain=True, **COLLAPSE)  # fmt: skip
 def self_distilled(_: float) -> Places:
@@ -297,7 +297,7 @@ def self_distilled(_: float) -> Places:
     return {"samples": own}
 
 
-@way("entropy-collapse", "one-token-pays", "held-out", "the reward is hacked: one digit is paid for, whatever is asked",
+@way("entropy-collapse", "one-token-pays", "second", "the reward is hacked: one digit is paid for, whatever is asked",
      5e-4, 8e-4, objectives=SIGNED, setup=slow, rollout=True, plain=True, **COLLAPSE)  # fmt: skip
 def one_token_pays(_: float) -> Places:
     def pay(_: Tensor, now: Now) -> Tensor:
@@ -311,7 +311,7 @@ def one_token_pays(_: float) -> Places:
 # ratio-blow-up, a sampler of old weights ------------------------------------------------------------------------------
 
 
-@way("ratio-blow-up", "sampler-not-synced", "tuning",
+@way("ratio-blow-up", "sampler-not-synced", "first",
      "from here on the sampler keeps its weights, its log-probabilities are its own, nothing is clipped", 2e-4, 4e-4,
      objectives=RATIO, setup=lambda rate: UNCLIPPED | {"updates": 40, "learning_rate": rate}, seen=(2, 10),
      rollout=True, until=("ratio_max", 5.0), also=("behaviour-mismatch",))  # fmt: skip

@@ -22,29 +22,29 @@ def blocks(model: Any) -> Any:
 # step-too-large -------------------------------------------------------------------------------------------------------
 
 
-@way("step-too-large", "rate-spike", "tuning", "one update's learning rate is many times too large", 20, 100)
+@way("step-too-large", "rate-spike", "first", "one update's learning rate is many times too large", 20, 100)
 def rate_spike(size: float) -> Places:
     return {"rate": once(lambda rate, _: rate * size)}
 
 
-@way("step-too-large", "rate-from-here", "tuning", "the learning rate jumps and stays", 10, 50)
+@way("step-too-large", "rate-from-here", "first", "the learning rate jumps and stays", 10, 50)
 def rate_from_here(size: float) -> Places:
     return {"rate": lambda rate, _: rate * size}
 
 
-@way("step-too-large", "rate-from-the-start", "held-out", "the learning rate is too large from the start", 100, 400,
+@way("step-too-large", "rate-from-the-start", "second", "the learning rate is too large from the start", 100, 400,
      from_start=True, setup={"warmup": 0})  # fmt: skip
 def rate_from_the_start(size: float) -> Places:
     return {"rate": lambda rate, _: rate * size}
 
 
-@way("step-too-large", "restart", "held-out", "a schedule's restart goes to another run's peak and decays from there",
+@way("step-too-large", "restart", "second", "a schedule's restart goes to another run's peak and decays from there",
      25, 100)  # fmt: skip
 def restart(size: float) -> Places:
     return {"rate": lambda rate, now: rate * (1 + size * 0.5**now.since)}
 
 
-@way("step-too-large", "sgd-unclipped", "held-out", "SGD without clipping, and a learning rate meant for Adam's units",
+@way("step-too-large", "sgd-unclipped", "second", "SGD without clipping, and a learning rate meant for Adam's units",
      300, 2000, setup={"optimizer": "sgd", "learning_rate": 3e-4, "clip_norm": None})  # fmt: skip
 def sgd_unclipped(size: float) -> Places:
     return {"rate": lambda rate, _: rate * size}
@@ -57,7 +57,7 @@ def moments(now: Now) -> list[dict[str, Any]]:
     return [state for state in now.optimizer.state.values() if "exp_avg_sq" in state]
 
 
-@way("optimizer-lag", "second-moments-lost", "tuning", "Adam's second moments are nearly lost in a restart", 1e-3, 1e-6)
+@way("optimizer-lag", "second-moments-lost", "first", "Adam's second moments are nearly lost in a restart", 1e-3, 1e-6)
 def second_moments_lost(size: float) -> Places:
     def lose(_: Any, now: Now) -> None:
         for state in moments(now):
@@ -66,7 +66,7 @@ def second_moments_lost(size: float) -> Places:
     return {"before_step": once(lose)}
 
 
-@way("optimizer-lag", "counter-ahead", "tuning",
+@way("optimizer-lag", "counter-ahead", "first",
      "the bias correction's counter is loaded from a long run, the moments are young", 500, 5000)  # fmt: skip
 def counter_ahead(size: float) -> Places:
     def load(_: Any, now: Now) -> None:
@@ -76,7 +76,7 @@ def counter_ahead(size: float) -> Places:
     return {"before_step": once(load)}
 
 
-@way("optimizer-lag", "second-moments-stale", "held-out", "second moments loaded from a run with far larger gradients",
+@way("optimizer-lag", "second-moments-stale", "second", "second moments loaded from a run with far larger gradients",
      100, 1000)  # fmt: skip
 def second_moments_stale(size: float) -> Places:
     def load(_: Any, now: Now) -> None:
@@ -86,7 +86,7 @@ def second_moments_stale(size: float) -> Places:
     return {"before_step": once(load)}
 
 
-@way("optimizer-lag", "first-moments-foreign", "held-out", "first moments loaded from a run with far larger gradients",
+@way("optimizer-lag", "first-moments-foreign", "second", "first moments loaded from a run with far larger gradients",
      20, 100)  # fmt: skip
 def first_moments_foreign(size: float) -> Places:
     def load(_: Any, now: Now) -> None:
@@ -99,7 +99,7 @@ def first_moments_foreign(size: float) -> Places:
 @way(
     "optimizer-lag",
     "counter-kept",
-    "held-out",
+    "second",
     "second moments reset to zero, the bias correction's counter kept",
     1,
     1,
@@ -116,7 +116,7 @@ def counter_kept(_: float) -> Places:
 # layer-amplification --------------------------------------------------------------------------------------------------
 
 
-@way("layer-amplification", "gradient-scaled", "tuning", "one layer's gradient is multiplied (a wrong all-reduce)",
+@way("layer-amplification", "gradient-scaled", "first", "one layer's gradient is multiplied (a wrong all-reduce)",
      100, 1000)  # fmt: skip
 def gradient_scaled(size: float) -> Places:
     def scale(_: Any, now: Now) -> None:
@@ -126,7 +126,7 @@ def gradient_scaled(size: float) -> Places:
     return {"backward_done": scale}
 
 
-@way("layer-amplification", "weights-scaled", "tuning", "one layer's weights are multiplied (an adapter merged twice)",
+@way("layer-amplification", "weights-scaled", "first", "one layer's weights are multiplied (an adapter merged twice)",
      3, 8)  # fmt: skip
 def weights_scaled(size: float) -> Places:
     def scale(_: Any, now: Now) -> None:
@@ -138,7 +138,7 @@ def weights_scaled(size: float) -> Places:
     return {"before_rollout": once(scale)}
 
 
-@way("layer-amplification", "backward-hook", "held-out", "a custom backward multiplies what passes one block", 50, 500)
+@way("layer-amplification", "backward-hook", "second", "a custom backward multiplies what passes one block", 50, 500)
 def backward_hook(size: float) -> Places:
     def put(_: Any, now: Now) -> None:
         for parameter in blocks(now.model)[0].parameters():
@@ -147,7 +147,7 @@ def backward_hook(size: float) -> Places:
     return {"before_rollout": once(put)}
 
 
-@way("layer-amplification", "norm-scaled", "held-out", "one block's normalisation weights are multiplied", 6, 20)
+@way("layer-amplification", "norm-scaled", "second", "one block's normalisation weights are multiplied", 6, 20)
 def norm_scaled(size: float) -> Places:
     def scale(_: Any, now: Now) -> None:
         with torch.no_grad():
@@ -161,7 +161,7 @@ def norm_scaled(size: float) -> Places:
 # non-finite -----------------------------------------------------------------------------------------------------------
 
 
-@way("non-finite", "nan-weight", "tuning", "one weight becomes NaN", 1, 1)
+@way("non-finite", "nan-weight", "first", "one weight becomes NaN", 1, 1)
 def nan_weight(_: float) -> Places:
     def spoil(_: Any, now: Now) -> None:
         next(blocks(now.model)[1].parameters()).data.view(-1)[3] = float("nan")
@@ -169,7 +169,7 @@ def nan_weight(_: float) -> Places:
     return {"before_update": once(spoil)}
 
 
-@way("non-finite", "inf-weight", "held-out", "one weight of the head becomes infinite", 1, 1)
+@way("non-finite", "inf-weight", "second", "one weight of the head becomes infinite", 1, 1)
 def inf_weight(_: float) -> Places:
     def spoil(_: Any, now: Now) -> None:
         now.model.get_output_embeddings().weight.data[4, 5] = float("inf")
@@ -177,7 +177,7 @@ def inf_weight(_: float) -> Places:
     return {"before_update": once(spoil)}
 
 
-@way("non-finite", "nan-gradient", "held-out", "one entry of one gradient becomes NaN on its way", 1, 1)
+@way("non-finite", "nan-gradient", "second", "one entry of one gradient becomes NaN on its way", 1, 1)
 def nan_gradient(_: float) -> Places:
     def spoil(_: Any, now: Now) -> None:
         next(blocks(now.model)[0].parameters()).grad.view(-1)[0] = float("nan")
@@ -185,7 +185,7 @@ def nan_gradient(_: float) -> Places:
     return {"backward_done": once(spoil)}
 
 
-@way("non-finite", "log-of-zero", "tuning", "an entropy term over tokens that are masked to minus infinity", 1, 1,
+@way("non-finite", "log-of-zero", "first", "an entropy term over tokens that are masked to minus infinity", 1, 1,
      plain=True)  # fmt: skip
 def log_of_zero(_: float) -> Places:
     def add(loss: torch.Tensor, now: Now) -> torch.Tensor:
@@ -199,7 +199,7 @@ def log_of_zero(_: float) -> Places:
     return {"loss": once(add)}
 
 
-@way("non-finite", "overflow", "held-out", "one ratio overflows: an old log-probability of a dropped token is -1000",
+@way("non-finite", "overflow", "second", "one ratio overflows: an old log-probability of a dropped token is -1000",
      1, 1, objectives=("ppo", "grpo"), setup={"options": {"clip_low": None, "clip_high": None}}, rollout=True,
      also=("ratio-blow-up", "behaviour-mismatch"))  # fmt: skip
 def overflow(_: float) -> Places:
@@ -215,13 +215,13 @@ def overflow(_: float) -> Places:
 # precision-loss -------------------------------------------------------------------------------------------------------
 
 
-@way("precision-loss", "bf16-weights", "tuning", "weights are bf16 and the learning rate is tiny", 1e-6, 1e-8,
+@way("precision-loss", "bf16-weights", "first", "weights are bf16 and the learning rate is tiny", 1e-6, 1e-8,
      from_start=True, always=True, setup={"dtype": "bfloat16"})  # fmt: skip
 def bf16_weights(size: float) -> Places:
     return {"rate": lambda *_: size}
 
 
-@way("precision-loss", "rounded-after-step", "tuning", "master weights are lost: weights are rounded after each step",
+@way("precision-loss", "rounded-after-step", "first", "master weights are lost: weights are rounded after each step",
      1e-6, 1e-7, from_start=True)  # fmt: skip
 def rounded(size: float) -> Places:
     def round_weights(_: Any, now: Now) -> None:
@@ -232,7 +232,7 @@ def rounded(size: float) -> Places:
     return {"rate": lambda *_: size, "after_step": round_weights, "before_rollout": once(round_weights)}
 
 
-@way("precision-loss", "synced-through-fp16", "held-out", "weights pass through fp16 after each step", 1e-7, 1e-9,
+@way("precision-loss", "synced-through-fp16", "second", "weights pass through fp16 after each step", 1e-7, 1e-9,
      from_start=True)  # fmt: skip
 def through_fp16(size: float) -> Places:
     def pass_through(_: Any, now: Now) -> None:
@@ -243,7 +243,7 @@ def through_fp16(size: float) -> Places:
     return {"rate": lambda *_: size, "after_step": pass_through, "before_rollout": once(pass_through)}
 
 
-@way("precision-loss", "float32-vanishing", "held-out", "a schedule in the wrong unit: steps below float32's rounding",
+@way("precision-loss", "float32-vanishing", "second", "a schedule in the wrong unit: steps below float32's rounding",
      1e-10, 1e-12)  # fmt: skip
 def vanishing(size: float) -> Places:
     return {"rate": lambda *_: size}
@@ -252,7 +252,7 @@ def vanishing(size: float) -> Places:
 # logit-drift ----------------------------------------------------------------------------------------------------------
 
 
-@way("logit-drift", "normaliser-pushed", "tuning", "a z-loss with the wrong sign: the normaliser is rewarded", 0.3, 2.0,
+@way("logit-drift", "normaliser-pushed", "first", "a z-loss with the wrong sign: the normaliser is rewarded", 0.3, 2.0,
      seen=(0, 6), plain=True)  # fmt: skip
 def normaliser_pushed(size: float) -> Places:
     def push(loss: torch.Tensor, now: Now) -> torch.Tensor:
@@ -263,7 +263,7 @@ def normaliser_pushed(size: float) -> Places:
     return {"loss": push}
 
 
-@way("logit-drift", "head-drifts", "tuning", "every row of the head moves along one direction at each step", 0.01, 0.05,
+@way("logit-drift", "head-drifts", "first", "every row of the head moves along one direction at each step", 0.01, 0.05,
      seen=(1, 6))  # fmt: skip
 def head_drifts(size: float) -> Places:
     def move(_: Any, now: Now) -> None:
@@ -286,7 +286,7 @@ def mean_hidden(now: Now) -> torch.Tensor:
     return mean / mean.norm()
 
 
-@way("logit-drift", "decay-of-the-wrong-sign", "held-out", "weight decay of the head has the wrong sign: it grows",
+@way("logit-drift", "decay-of-the-wrong-sign", "second", "weight decay of the head has the wrong sign: it grows",
      0.02, 0.08, seen=(1, 6))  # fmt: skip
 def head_grows(size: float) -> Places:
     def grow(_: Any, now: Now) -> None:
@@ -296,7 +296,7 @@ def head_grows(size: float) -> Places:
     return {"after_step": grow}
 
 
-@way("logit-drift", "final-norm-grows", "held-out", "the final normalisation's weight grows at each step", 0.03, 0.1,
+@way("logit-drift", "final-norm-grows", "second", "the final normalisation's weight grows at each step", 0.03, 0.1,
      seen=(1, 6))  # fmt: skip
 def final_norm_grows(size: float) -> Places:
     def grow(_: Any, now: Now) -> None:

@@ -234,6 +234,8 @@ def run_trl(setup: Setup, folder: Path, *, seed: int, cache: Path, at: Mapping[s
                 processing_class=loaded.tokenizer,
                 callbacks=callbacks,
             )  # fmt: skip
+        backward = trainer.accelerator.backward
+        trainer.accelerator.backward = lambda loss, **options: backward(places("scale", loss), **options)
         trainer.train()
         (folder.parent / "log_history.json").write_text(_history(trainer))
 

@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import library_loops
@@ -20,13 +21,14 @@ import plain_loop
 import torch
 import transformers
 from catalogue import Case, faulty_cases, healthy_cases
+from plain_loop import Setup
 from rich.console import Console
 from rich.progress import track
 
 import lcogeom as lg
 
 RUN = {"plain": plain_loop.run, "ours": library_loops.run_ours, "trl": library_loops.run_trl}
-FOLDERS = {"tuning": "tune", "held-out": "held_out"}
+FOLDERS = {"tuning": "tune", "held-out": "held_out_2"}
 
 
 def folder_of(out: Path, case: Case) -> Path:
@@ -67,6 +69,7 @@ def made(folder: Path, case: Case) -> bool:
     if not file.exists():
         return False
     there, wanted = json.loads(file.read_text()), json.loads(json.dumps(case.record()))
+    there["setup"] = json.loads(json.dumps(asdict(Setup(**there["setup"]))))  # settings newer than the run: defaults
     gradual = case.way is not None and case.way.until is not None  # its window was read off the run
     return all(there.get(key) == value for key, value in wanted.items() if not (gradual and key == "seen"))
 

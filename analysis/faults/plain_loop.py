@@ -11,6 +11,7 @@ B completions, T tokens wide, V the vocabulary; entry t of (B, T) belongs to the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class Setup:
     warmup: int = 4
     """Updates in which the learning rate rises."""
     schedule: str = "constant"
-    """Or "linear", to 0."""
+    """Or "linear" or "cosine", to 0."""
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     reduction: str = "token"
@@ -68,6 +69,17 @@ class Setup:
     told: bool = True
     """Whether advantages and old log-probabilities are told to the recorder."""
     max_new_tokens: int = 5
+    prompts: int = PROMPTS
+    samples: int = SAMPLES
+    """Completions of each prompt."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam."""
+    momentum: float = 0.0
+    """Of SGD."""
+    advantages: str | None = None
+    """A name that `sequence_advantages` knows; None: the objective's own of ADVANTAGES."""
+    entropy_bonus: float = 0.0
+    """Times the mean entropy of the completion tokens, taken from the loss."""
 
 
 @dataclass(eq=False)
@@ -133,9 +145,13 @@ def run(
     loaded = policy(setup.model, cache)
     model = loaded.model.to(getattr(torch, setup.dtype))
     if setup.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=setup.learning_rate)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            model.parameters(), lr=setup.learning_rate, momentum=setup.momentum
+        )
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate, weight_decay=setup.weight_decay)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=setup.learning_rate, betas=setup.betas, weight_decay=setup.weight_decay
+        )
     objective = lg.objective(setup.objective, **{**OPTIONS.get(setup.objective, {}), **setup.options})
     now = Now(setup, model, optimizer, loaded.tokenizer, objective, torch.Generator().manual_seed(seed))
 
@@ -162,9 +178,9 @@ def make_rollout(loaded: LoadedModel, task: Task, seed: int, now: Now, alter: Ca
     setup = now.setup
     now.model.eval()
     if setup.objective == "sft":
-        samples = gold_samples(loaded.tokenizer, task.draw(PROMPTS * SAMPLES, seed), None)
+        samples = gold_samples(loaded.tokenizer, task.draw(setup.prompts * setup.samples, seed), None)
     else:
-        problems = alter("problems", [p for p in task.draw(PROMPTS, seed) for _ in range(SAMPLES)])
+        problems = alter("problems", [p for p in task.draw(setup.prompts, seed) for _ in range(setup.samples)])
         samples = generate(
             now.model, loaded.tokenizer, problems, max_new_tokens=setup.max_new_tokens, seed=seed,
             temperature=alter("temperature", 1.0),
@@ -199,12 +215,12 @@ def advantages_of(now: Now) -> Tensor:
     """(B,) float64."""
     assert now.rewards is not None
     rewards = now.rewards.double()
-    kind = ADVANTAGES.get(now.setup.objective, "rule")
+    kind = now.setup.advantages or ADVANTAGES.get(now.setup.objective, "rule")
     if kind == "none":
         return torch.ones_like(rewards)
     if kind == "whitened":
         return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    groups = torch.arange(len(rewards)) // SAMPLES
+    groups = torch.arange(len(rewards)) // now.setup.samples
     return sequence_advantages(kind, rewards, groups)
 
 
@@ -227,6 +243,8 @@ def update(rollout: Rollout, now: Now, probe: lg.Probe, alter: Callable[[str, An
     rate = setup.learning_rate * min(1.0, (now.step + 1) / (setup.warmup + 1))
     if setup.schedule == "linear":
         rate *= 1 - now.step / setup.updates
+    elif setup.schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * now.step / setup.updates)) / 2
     for group in optimizer.param_groups:
         group["lr"] = alter("rate", rate)
     alter("before_update", None)
@@ -258,7 +276,11 @@ def update(rollout: Rollout, now: Now, probe: lg.Probe, alter: Callable[[str, An
         else:
             weights = (1 / mask.sum(1).clamp(min=1) / len(rollout.rewards))[:, None].double().expand(mask.shape).clone()
         weights = alter("weights", weights)
-        loss = alter("loss", (weights[mask] * losses).sum())
+        loss = (weights[mask] * losses).sum()
+        if setup.entropy_bonus:
+            logp = torch.log_softmax(now.logits[mask].double(), 1)
+            loss = loss + setup.entropy_bonus * (weights[mask] * (logp.exp() * logp).sum(1)).sum()
+        loss = alter("loss", loss)
         known = {"advantages": rollout.advantages[rows], "old_logprobs": rollout.old_logprobs[rows]}
         if rollout.ref_logprobs is not None:
             known["ref_logprobs"] = rollout.ref_logprobs[rows]

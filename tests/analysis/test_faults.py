@@ -46,7 +46,8 @@ def test_the_catalogue_covers_every_cause_on_both_halves(bench: Any) -> None:
     for cause in {way.cause for way in ways}:
         mine = [way for way in ways if way.cause == cause]
         assert len({way.name for way in mine}) == len(mine) >= 3, cause
-        assert {way.half for way in mine} == {"tuning", "held-out"}, cause
+        assert {way.series for way in mine} == set(bench.catalogue.SERIES), cause
+    assert [bench.catalogue.half_of(one) for one in bench.catalogue.SERIES] == ["tuning", "tuning", "held-out"]
     seeds = {half: {case.seed for case in cases if case.half == half} for half in ("tuning", "held-out")}
     assert not seeds["tuning"] & seeds["held-out"]
     assert len({(case.half, case.name) for case in cases}) == len(cases)
@@ -103,9 +104,9 @@ def test_a_run_is_made_once_with_what_was_put_in(bench: Any, tmp_path: Path, mon
     case = short(case, after=2)
     monkeypatch.setattr(bench.make_runs, "cases", lambda: [case])
     bench.make_runs.make(tmp_path, case.name, case.half)
-    folder = tmp_path / "held_out" / case.name
+    folder = tmp_path / "tune" / case.name
     record = json.loads((folder / "fault.json").read_text())
-    assert (record["cause"], record["update"], record["half"]) == ("no-signal", case.first, "held-out")
+    assert (record["cause"], record["update"], record["half"]) == ("no-signal", case.first, "tuning")
     assert record["seen"] == [case.first, case.first]
     assert record["error"] is None
     tokens = lg.load_run(folder / "run").tokens.astype({"advantage": float})
