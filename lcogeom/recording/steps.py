@@ -137,8 +137,7 @@ class SketchedSteps:
         self._cells = dict(cells)
         self._weights: Tensor | None = None  # (cells, size) float64
         self._seen: list[tuple[int, int]] = []
-        self._watched: list[Tensor] = []  # views of a few entries of each parameter
-        self._entries: Tensor | None = None  # these, after the last step
+        self._entries: Tensor | None = None  # a few of each parameter, after the last step
         self._unsure: Tensor | None = None  # on a GPU: whether they were others before this one
         self._gradient: Tensor | None = None
         self._stored: list[StoredSketch] = []
@@ -165,7 +164,7 @@ class SketchedSteps:
         before, self._weights = self._weights, self._sketch_weights()
         if self._unsure is not None:
             before = torch.where(self._unsure, torch.nan, before)
-        self._watch()
+        self._seen, self._entries = self._versions(), self._read()
         step = self._weights - before
         norms, weights = step.square().sum(1), before.square().sum(1)  # summed over cells, whose errors average out
         values = {
@@ -223,15 +222,10 @@ class SketchedSteps:
         self._unsure = differ
         return True
 
-    def _watch(self) -> None:
-        """The step has been made: this is how the weights are until someone changes them."""
-        seen = self._versions()
-        if [place for _, place in seen] != [place for _, place in self._seen]:
-            self._watched = [_some(local(parameter)) for parameter in self._parameters]
-        self._seen, self._entries = seen, self._read()
-
     def _read(self) -> Tensor:
-        return torch.cat([part.to(self._watched[0].device) for part in self._watched])
+        # No view is kept: it would hold memory that the loop frees by moving the weights elsewhere while it samples.
+        device = self._parameters[0].device
+        return torch.cat([_some(local(parameter)).to(device) for parameter in self._parameters])
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(part._version, part.data_ptr()) for part in map(local, self._parameters)]
