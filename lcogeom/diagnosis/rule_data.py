@@ -22,6 +22,8 @@ APART = 0.03
 """Mean |log r| before any update on a rollout: two engines in bf16 differ by 0.01 to 0.02; PPO's clip is at 0.18."""
 FEW = 0.05
 """Of the tokens: single ones may have been put in by hand, or overflow."""
+EXACTLY = 3e-4
+"""Mean |log r| of a policy that computed the old log-probabilities itself, in float32."""
 MINIBATCHED = 3
 """Returns to ratios of 1 after minibatches that were apart."""
 OUTLIER = 4.0
@@ -165,7 +167,11 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     before = usual(np.where(fresh, np.maximum(apart, 1e-4), np.nan), least=1, prior=0.3)
     jumped = np.isnan(before.level) | (before.excess > np.log(3))
     far = fresh & (apart > APART) & (many > FEW)
-    at = first(far & jumped & (apart > 3 * _within_rollouts(apart, far, fresh)))
+    begins = [
+        first(far & jumped & (apart > 3 * _within_rollouts(apart, far, fresh))),
+        _no_longer_one(apart, fresh, many),
+    ]
+    at = min((one for one in begins if one is not None), default=None)
     if at is None:
         return []
     level = before.level[at]
@@ -182,6 +188,17 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     first_of_run = s.steps[at] == 0 or (np.isfinite(level) and level < APART / 3)
     chosen = (tokens.update == at) & (log_ratio > APART)
     return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
+
+
+def _no_longer_one(apart: np.ndarray, fresh: np.ndarray, many: np.ndarray) -> int | None:
+    """The first of the new rollouts whose ratios are not 1 any more, at all those that follow."""
+    order = np.flatnonzero(fresh)
+    exact = apart[order] < EXACTLY
+    if not exact.any():
+        return None
+    after = order[int(np.flatnonzero(exact)[-1]) + 1 :]
+    off = (apart[after] > 10 * EXACTLY) & (many[after] > FEW)
+    return int(after[0]) if len(after) >= 2 and off.all() else None
 
 
 def _within_rollouts(apart: np.ndarray, far: np.ndarray, fresh: np.ndarray) -> float:

@@ -75,11 +75,11 @@ def _learned(s: Signals) -> bool:
 
 def logit_drift(s: Signals) -> list[Finding]:
     """All logits of a token are pushed alike: by the loss, by a head that changes between steps, or in effect."""
-    found = [one for rule in (_pushed_alike, _output_moves, _normaliser_moves) for one in rule(s)]
+    found = [one for rule in (pushed_alike, _output_moves, _normaliser_moves) for one in rule(s)]
     return sorted(found, key=lambda finding: finding.update)[:1]
 
 
-def _pushed_alike(s: Signals) -> list[Finding]:
+def pushed_alike(s: Signals) -> list[Finding]:
     """Gradients of probabilities sum to 0 over the vocabulary: what is left pushes all logits of a token alike."""
     tokens, summed, vocabulary = s.tokens, s.token("logit_grad_sum"), s.meta.get("vocabulary")
     if tokens is None or summed is None or tokens.square is None or not isinstance(vocabulary, int):

@@ -28,6 +28,8 @@ KEPT = 0.15, 3.0
 it adds as much (0.29 to 1.6 was seen in healthy runs); the sketch errs by 0.01."""
 WHOLE = 0.6, 0.85
 """Of Adam's first step: below the one in the last update, above the other in this, which momentum does not allow."""
+OFTEN = 16
+"""Updates: rollouts are trained on for fewer, mostly."""
 UNDONE = 0.3
 """Of a step, on average over three: the noise of rounding lies across the step, and takes nothing of it back."""
 HALF_SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
@@ -247,12 +249,15 @@ def _taken_back(s: Signals) -> list[Finding]:
     between, undone, weights = s.get("moved_between"), s.get("step_undone"), s.get("weight_norm")
     if between is None or undone is None or weights is None:
         return []
-    small = (between > 0) & (between < ROUNDING * weights)
-    lost = np.where(np.isfinite(undone), np.clip(undone, 0.0, 1.0), 0.0)
-    at = first(small & (ahead(lost, 3) > UNDONE) & (ahead(small.astype(float), 3) == 1))
-    if at is None:
+    # After every step, or before every rollout of a few.
+    moved = np.flatnonzero(between > 0)
+    moved = moved[np.r_[np.diff(moved), 1] <= OFTEN]
+    small = between[moved] < ROUNDING * weights[moved]
+    lost = np.clip(np.nan_to_num(undone[moved], nan=0.0), 0.0, 1.0)
+    begin = first(small & (ahead(lost, 3) > UNDONE) & (ahead(small.astype(float), 3) == 1)) if len(moved) >= 3 else None
+    if begin is None:
         return []
-    share = float(ahead(lost, 3)[at])
+    at, share = int(moved[begin]), float(ahead(lost, 3)[begin])
     proof = [
         s.evidence("moved_between", at, between[at], 0.0, "norm of what changed the weights after the last step"),
         s.evidence("step_undone", at, share, 0.0, "of the last step is taken back, here and in the next updates"),

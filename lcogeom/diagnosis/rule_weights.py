@@ -10,25 +10,19 @@ import numpy as np
 from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import heaviest, make, number
+from lcogeom.diagnosis.rule_policy import pushed_alike
 from lcogeom.diagnosis.signals import Signals
 
 EXACT = 0.05
 """Scatter in log units assumed of the loss's normaliser: without a fault it only follows the number of tokens."""
 SCALE = math.log(1.5)
 """A smaller change of the normaliser is what a few tokens more or less bring."""
-BLOWN = 3.0
-"""Of a ratio: far outside any clip bound in use (0.2 to 0.28; dual clip begins at 3)."""
 DRIVES = 0.3
 """Share of the squared gradient from which on a kind of token is said to drive an update."""
 NOTICED = 0.02
 """Share of the squared gradient from which on a sequence's weight is looked at, once one dominates."""
 OUTWEIGHS = 3.0
 """Times the weight of the typical sequence, both with and without account of its length."""
-CLIPPED = 0.5
-"""Of the gradient called for, over a rollout: from here on clipping decides more than advantages do. PPO with four
-inner epochs loses 0.1 to 0.4."""
-SATURATED = 0.999
-"""Probability from which on a slope of 0 may be rounding."""
 PUSHED = 0.1
 """Ratio: ten times less likely than when it was sampled. Three inner epochs of an unclipped loss make a few per cent of
 the gradient so; with one that only punishes they make most of it."""
@@ -115,8 +109,9 @@ def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
     at = first((np.abs(excess) > SCALE) & (np.abs(score) > 6))
     if at is None:
         return []
-    alone = dominant_sequence(s)
-    if alone and alone[0].update == s.steps[at]:  # then it is not the same factor for all of them
+    # Not where one sequence has another factor than the others, nor where a part of the gradient moves all logits.
+    others = [*dominant_sequence(s), *pushed_alike(s)]
+    if any(one.update == s.steps[at] for one in others):
         return []
     factor = math.exp(excess[at])
     proof = [
@@ -188,41 +183,6 @@ def _times_others(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndar
     with np.errstate(divide="ignore", invalid="ignore"):
         found = values / middle[group]
     return np.where(np.isfinite(found) & (found > 0), found, 1.0)
-
-
-def ratio_blow_up(s: Signals) -> list[Finding]:
-    """Tokens whose ratio left the trust region, and that drive the update."""
-    tokens, ratio = s.tokens, s.token("ratio")
-    if tokens is None or ratio is None:
-        return _blown_summary(s)
-    blown = ratio > BLOWN
-    share, largest = tokens.share(blown), tokens.largest(ratio)
-    at = first((share > DRIVES) & (largest > 2 * BLOWN))
-    if at is None:
-        return []
-    proof = [
-        s.evidence("ratio", at, largest[at], 1.0, "largest ratio", "tokens"),
-        s.evidence("ratio", at, share[at], None, f"of the squared gradient at ratios above {BLOWN:g}", "tokens"),
-    ]
-    chosen = blown & (tokens.update == at)
-    named = tokens.named(at, chosen)
-    sentence = (
-        f"At update {s.steps[at]} ratios reach {number(largest[at])}; tokens whose ratio is above {BLOWN:g} make "
-        f"{share[at]:.0%} of the squared gradient{heaviest(named)}."
-    )
-    return [make(s, "ratio-blow-up", at, 0.9, sentence, proof, chosen=chosen)]
-
-
-def _blown_summary(s: Signals) -> list[Finding]:
-    largest = s.get("ratio_max")
-    if largest is None:
-        return []
-    at = first(largest > 10 * BLOWN)
-    if at is None:
-        return []
-    s.lacks("ratio-blow-up", "ratio", "the share of the gradient at those ratios; record with lcogeom.attach", "tokens")
-    proof = [s.evidence("ratio_max", at, largest[at], 1.0, "largest ratio")]
-    return [make(s, "ratio-blow-up", at, 0.7, f"At update {s.steps[at]} ratios reach {number(largest[at])}.", proof)]
 
 
 def negative_rare_token(s: Signals) -> list[Finding]:
@@ -299,17 +259,22 @@ def _surplus(here: np.ndarray, total: np.ndarray) -> int | None:
     """
     # From all updates before; half a token more, so that none seen is not taken for none possible.
     seen, read = np.r_[0.0, np.cumsum(here)[:-1]], np.r_[0.0, np.cumsum(total)[:-1]]
-    for at in range(len(here)):
-        if here[at] < 1:
-            continue
-        for length in (1, SEVERAL):
-            span = slice(at, at + length)
-            expected = (seen[at] + 0.5) * total[span].sum() / (read[at] + total[at])
-            if poisson_tail(int(here[span].sum()), max(expected, 1e-9)) < UNLIKELY:
-                own = (seen[at] + 0.5) * total[at] / (read[at] + total[at])
-                if length == 1 or poisson_tail(int(here[at]), own) < 0.05:
-                    return at
-    return None
+    alone = next((at for at in range(len(here)) if _unlikely(at, at + 1, here, total, seen, read)), len(here))
+    for at in np.flatnonzero(here[:alone] >= 1):  # several before it, without it
+        own = (seen[at] + 0.5) * total[at] / (read[at] + total[at])
+        span = int(at), min(int(at) + SEVERAL, alone)
+        if _unlikely(*span, here, total, seen, read) and poisson_tail(int(here[at]), own) < 0.05:
+            return int(at)
+    return alone if alone < len(here) else None
+
+
+def _unlikely(  # noqa: PLR0917
+    at: int, end: int, here: np.ndarray, total: np.ndarray, seen: np.ndarray, read: np.ndarray
+) -> bool:
+    """Whether the rare tokens of updates [at, end) are more than chance brings, by those seen before them."""
+    expected = (seen[at] + 0.5) * total[at:end].sum() / (read[at] + total[at])
+    found = int(here[at:end].sum())
+    return found >= 1 and poisson_tail(found, max(expected, 1e-9)) < UNLIKELY
 
 
 @lru_cache(maxsize=4096)
@@ -325,67 +290,3 @@ def poisson_tail(n: int, mean: float) -> float:
         return 0.0
     below = sum(math.exp(k * math.log(mean) - mean - _log_factorial(k)) for k in range(n))
     return max(0.0, 1.0 - below)
-
-
-def clip_saturation(s: Signals) -> list[Finding]:
-    """Most of the gradient that a rollout's advantages call for is clipped, over all updates on it but the first."""
-    tokens, advantage, prob = s.tokens, s.token("advantage"), s.token("prob")
-    slope, squares = s.token("d1"), s.token("sum_sq_prob")
-    if tokens is None or advantage is None or prob is None or slope is None or s.token("ratio") is None:
-        return _clipped_log(s)
-    shape = 1.0 if squares is None else np.sqrt(np.clip(1 - 2 * prob + squares, 0, None))
-    called = tokens.weight * np.abs(advantage) * shape  # what each token's gradient would be at a ratio of 1
-    # f' is exactly 0 on the flat side of a clip. A saturated token's may round to 0, too.
-    flat = (slope == 0) & (np.abs(advantage) > 1e-8) & (prob < SATURATED)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lost = tokens.sums(called, flat) / tokens.sums(called)
-    again = np.zeros(s.size, dtype=bool) if tokens.again is None else tokens.again
-    rollout = np.cumsum(~again)
-    usable = again & np.isfinite(lost)
-    mean = np.bincount(rollout, np.where(usable, lost, 0.0)) / np.maximum(np.bincount(rollout, usable), 1)
-    # One update that comes so far may be a lively one: several on a rollout, or rollout after rollout, make it a rule.
-    many = np.bincount(rollout, usable & (lost > CLIPPED)) >= SEVERAL
-    high = mean > CLIPPED
-    lasting = high & (np.r_[high[1:], False] | np.r_[False, high[:-1]])
-    at = first((lasting | many)[rollout] & usable & (lost > 0.8 * CLIPPED))
-    if at is None:
-        return []
-    proof = [
-        s.evidence("d1", at, lost[at], 0.0, "of the gradient that advantages call for is clipped", "tokens"),
-        s.evidence("d1", at, mean[rollout[at]], None, "the same, over the updates on this rollout", "tokens"),
-    ]
-    inside = _inside_bounds(s, flat & (tokens.update == at))
-    hint = ""
-    if inside > 0.5:
-        hint = f" {inside:.0%} of the clipped tokens are within the declared bounds: those in use are tighter."
-        proof.append(s.evidence("ratio", at, inside, 0.0, "of the clipped tokens are within declared bounds", "tokens"))
-    sentence = (
-        f"From update {s.steps[at]} on, {mean[rollout[at]]:.0%} of the gradient that the rollout's advantages call for "
-        f"is clipped away: the updates are made of the rest.{hint}"
-    )
-    chosen = flat & (tokens.update == at)
-    return [make(s, "clip-saturation", at, 0.9, sentence, proof, share=0.0, chosen=chosen)]
-
-
-def _inside_bounds(s: Signals, chosen: np.ndarray) -> float:
-    """Share of the chosen tokens whose ratio the declared objective would not clip; 0 where that is not known."""
-    ratio = s.token("ratio")
-    low, high = s.options.get("clip_low"), s.options.get("clip_high")
-    if ratio is None or not chosen.any() or not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
-        return 0.0
-    return float(((ratio[chosen] > 1 - low) & (ratio[chosen] < 1 + high)).mean())
-
-
-def _clipped_log(s: Signals) -> list[Finding]:
-    share = s.get("clip_share")
-    if share is None:
-        return []
-    at = first(share > CLIPPED)
-    if at is None:
-        return []
-    proof = [s.evidence("clip_share", at, share[at], 0.0, "of the tokens are clipped")]
-    return [
-        make(
-            s, "clip-saturation", at, 0.8, f"At update {s.steps[at]}, {share[at]:.0%} of the tokens are clipped.", proof
-        )
-    ]
