@@ -8,11 +8,14 @@ from dataclasses import replace
 from lcogeom.diagnosis.causes import CAUSES
 from lcogeom.diagnosis.finding import Finding
 
+CLEAR = 0.65
+"""Confidence below which a finding stands behind clear ones, even if it came first."""
 ORDER = {cause: place for place, cause in enumerate(CAUSES)}
 
 
 def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
-    """One finding a cause, the first; what nothing explains before what something does; each group by its update.
+    """One finding a cause, the first; what nothing explains before what something does, what is clear before what is
+    not; each group by its update.
 
     A finding follows another where that may bring it about (`Cause.brings`) and came before it: in an earlier update,
     or in the same one but before all of it (`Finding.between`), or earlier in the order of CAUSES. Of several that may
@@ -28,7 +31,7 @@ def rank(found: Iterable[Finding]) -> tuple[Finding, ...]:
         replace(finding, follows=next((other.cause for other in ordered if _brought(other, finding)), None))
         for finding in ordered
     ]
-    return tuple(sorted(explained, key=lambda finding: (finding.follows is not None, *_order(finding))))
+    return tuple(sorted(explained, key=lambda one: (one.follows is not None, one.confidence < CLEAR, *_order(one))))
 
 
 def _order(finding: Finding) -> tuple[int, bool, int]:

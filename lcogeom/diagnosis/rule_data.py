@@ -88,6 +88,8 @@ def _padding(s: Signals) -> list[Finding]:
         at = first((found > TAILED) & (surprise > SURPRISE))
         if at is None:
             return []
+    if not tokens.share(chosen & (tokens.update == at))[at] > OUTSIDE:
+        return []
     proof = [s.evidence("token_id", at, found[at], 0.0, "of the sequences end in one repeated token", "tokens")]
     sentence = (
         f"At update {s.steps[at]}, {found[at]:.0%} of the sequences end in the same token, repeated: padding is marked "
@@ -121,12 +123,14 @@ def _not_sampled(s: Signals) -> list[Finding]:
     if at is None:
         return []
     begin = int(begins[at])
+    chosen = (position >= begin) & (position < begin + TOGETHER) & (tokens.update == at)
+    if not tokens.share(chosen)[at] > OUTSIDE:  # a broken policy is sure of odd answers, and has no gradient
+        return []
     which = "first" if begin == 0 else f"{begin + 1}th to {begin + TOGETHER}th"
     proof = [
         s.evidence("logprob", at, excess[at], 0.0, "nat more surprise than entropy at those tokens", "tokens"),
         s.evidence("token_id", at, agree[at], expected[at], "of neighbouring sequences are alike there", "tokens"),
     ]
-    chosen = (position >= begin) & (position < begin + TOGETHER) & (tokens.update == at)
     sentence = (
         f"At update {s.steps[at]} the {which} marked tokens were not sampled by the policy: they surprise it by "
         f"{excess[at]:.1f} nat more than its entropy, and neighbouring sequences share them: prompts or a tool's "
@@ -196,9 +200,11 @@ def _no_longer_one(apart: np.ndarray, fresh: np.ndarray, many: np.ndarray) -> in
     exact = apart[order] < EXACTLY
     if not exact.any():
         return None
-    after = order[int(np.flatnonzero(exact)[-1]) + 1 :]
+    at = np.flatnonzero(exact)
+    after = order[at[-1] + 1 :]
+    before = int(np.diff(at).max(initial=1)) - 1  # minibatches between two of them
     off = (apart[after] > 10 * EXACTLY) & (many[after] > FEW)
-    return int(after[0]) if len(after) >= 2 and off.all() else None
+    return int(after[before]) if len(after) >= max(2, 2 * before + 1) and off.all() else None
 
 
 def _within_rollouts(apart: np.ndarray, far: np.ndarray, fresh: np.ndarray) -> float:

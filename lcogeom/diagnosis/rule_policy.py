@@ -25,6 +25,8 @@ OUTPUTS = (
     *("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "ln_out"),
 )
 """Names of output matrices, of the input embeddings that are tied to them, and of the normalisation before them."""
+DRIFTS, TIMES, LASTS = 0.1, 6.0, 3
+"""Nat an update, times what was usual, and updates in a row."""
 DRIFT = 5.0
 """Nat that the log normaliser moves: logits of a trained model lie within 10 to 30 of each other."""
 
@@ -75,7 +77,7 @@ def _learned(s: Signals) -> bool:
 
 def logit_drift(s: Signals) -> list[Finding]:
     """All logits of a token are pushed alike: by the loss, by a head that changes between steps, or in effect."""
-    found = [one for rule in (pushed_alike, _output_moves, _normaliser_moves) for one in rule(s)]
+    found = [one for rule in (pushed_alike, _output_moves, _normaliser_drifts, _normaliser_moves) for one in rule(s)]
     return sorted(found, key=lambda finding: finding.update)[:1]
 
 
@@ -136,6 +138,36 @@ def _output_moves(s: Signals) -> list[Finding]:
         "alone: all logits move with it."
     )
     return [make(s, "logit-drift", at, 0.85, sentence, proof, where=name, between=True)]
+
+
+def _normaliser_drifts(s: Signals) -> list[Finding]:
+    """The log normaliser moves one way, update after update, several times as far as it used to.
+
+    From one update to the next on the same rollout, where there are such: other tokens have others.
+    """
+    level = s.get("logsumexp")
+    if level is None:
+        return []
+    again = None if s.tokens is None else s.tokens.again
+    moved = np.r_[np.nan, np.diff(level)]
+    places = np.flatnonzero(np.isfinite(moved) & (True if again is None or not again.any() else again))
+    moved = moved[places]
+    usual_size = pd.Series(np.abs(moved)).shift(1).rolling(WINDOW, min_periods=2).median().to_numpy()
+    far = np.abs(moved) > np.fmax(DRIFTS, TIMES * usual_size)
+    found = longest_from(far & (moved > 0), LASTS), longest_from(far & (moved < 0), LASTS)
+    begin = min((one for one in found if one is not None), default=None)
+    if begin is None:
+        return []
+    at = int(places[begin])
+    proof = [
+        s.evidence("logsumexp", at, moved[begin], usual_size[begin], "nat that the log normaliser moves; usually"),
+        s.evidence("logsumexp", s.size - 1, level[-1], level[at], "log normaliser at the end, and here"),
+    ]
+    sentence = (
+        f"From update {s.steps[at]} on the logits' log normaliser moves one way, by {number(abs(moved[begin]))} nat an "
+        f"update where {number(usual_size[begin])} was usual: logits grow or shift together."
+    )
+    return [make(s, "logit-drift", at, 0.8, sentence, proof)]
 
 
 def _normaliser_moves(s: Signals) -> list[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcogeom.diagnosis.baseline import first
+from lcogeom.diagnosis.baseline import ahead, first
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import heaviest, make, number
 from lcogeom.diagnosis.signals import Signals
@@ -31,7 +31,11 @@ def ratio_blow_up(s: Signals) -> list[Finding]:
         return _blown_summary(s)
     blown = ratio > BLOWN
     share, largest = tokens.share(blown), tokens.largest(ratio)
-    at = first((share > DRIVES) & (largest > 2 * BLOWN))
+    far = largest > 2 * BLOWN
+    # Of a loss made of ratios, one that stays so far out is enough: clipped or not, the policy left what was sampled.
+    again = np.zeros(s.size, dtype=bool) if tokens.again is None else tokens.again
+    lasting = ahead((far & again).astype(float), 2) == 1
+    at = first(far & ((share > DRIVES) | (lasting & ("clip_low" in s.options))))
     if at is None:
         return []
     proof = [
@@ -42,7 +46,7 @@ def ratio_blow_up(s: Signals) -> list[Finding]:
     named = tokens.named(at, chosen)
     sentence = (
         f"At update {s.steps[at]} ratios reach {number(largest[at])}; tokens whose ratio is above {BLOWN:g} make "
-        f"{share[at]:.0%} of the squared gradient{heaviest(named)}."
+        f"{np.nan_to_num(share[at]):.0%} of the squared gradient{heaviest(named)}."
     )
     return [make(s, "ratio-blow-up", at, 0.9, sentence, proof, chosen=chosen)]
 
@@ -106,7 +110,9 @@ def clip_saturation(s: Signals) -> list[Finding]:
         f"is clipped away: the updates are made of the rest.{hint}"
     )
     chosen = flat & (tokens.update == at)
-    return [make(s, "clip-saturation", at, 0.9, sentence, proof, share=0.0, chosen=chosen)]
+    # What is within the bounds in use is a choice of them; a clip that takes other tokens is a mistake.
+    sure = 0.9 if tight[at] > WITHIN else 0.6
+    return [make(s, "clip-saturation", at, sure, sentence, proof, share=0.0, chosen=chosen)]
 
 
 def _allowed(s: Signals) -> np.ndarray:

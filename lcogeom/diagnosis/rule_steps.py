@@ -114,15 +114,14 @@ def _momentum_kept(s: Signals) -> list[Finding]:
 
 
 def _begun_again(s: Signals) -> list[Finding]:
-    """Adam's first step moves every weight by the learning rate, further than any later one: a second such step."""
+    """Adam's first step moves every weight by the learning rate, further than any later one: another so long."""
     step, rate, gradient = s.get("update_norm"), s.get("learning_rate"), s.get("grad_norm_clipped")
     if step is None or rate is None or gradient is None or _betas(s) is None or s.steps[0] != 0 or not rate[0] > 0:
         return []
     with np.errstate(divide="ignore", invalid="ignore"):
         share = step / rate / (step[0] / rate[0])
     calm = gradient < CALM * usual(gradient, least=1).level
-    whole = (share > WHOLE[1]) & (share < 1 / WHOLE[1])
-    at = first(calm & whole & (np.r_[np.nan, share[:-1]] < WHOLE[0]))
+    at = first(calm & (share > WHOLE[1]) & (np.r_[np.nan, share[:-1]] < WHOLE[0]))
     if at is None:
         return []
     proof = [
@@ -133,7 +132,7 @@ def _begun_again(s: Signals) -> list[Finding]:
     ]
     sentence = (
         f"At update {s.steps[at]} the step per learning rate is {share[at]:.0%} of the run's first one, after "
-        f"{share[at - 1]:.0%}: Adam began again, its moments and their counter were lost."
+        f"{share[at - 1]:.0%}, and the gradient is as usual: Adam began again, or its moments are not of these weights."
     )
     return [make(s, "optimizer-lag", at, 0.85, sentence, proof)]
 
@@ -251,7 +250,7 @@ def _taken_back(s: Signals) -> list[Finding]:
         return []
     # After every step, or before every rollout of a few.
     moved = np.flatnonzero(between > 0)
-    moved = moved[np.r_[np.diff(moved), 1] <= OFTEN]
+    moved = moved[np.diff(moved, append=moved[-1:] + 1) <= OFTEN]
     small = between[moved] < ROUNDING * weights[moved]
     lost = np.clip(np.nan_to_num(undone[moved], nan=0.0), 0.0, 1.0)
     begin = first(small & (ahead(lost, 3) > UNDONE) & (ahead(small.astype(float), 3) == 1)) if len(moved) >= 3 else None
@@ -286,7 +285,7 @@ def _below_spacing(s: Signals) -> list[Finding]:
     named = known[0] if known else "float32"
     limit = HALF_SPACING[named]
     relative = np.zeros(s.size) if weights is None else step / np.where(weights > 0, weights, np.nan)
-    if known:
+    if known and weights is not None:
         still |= moving & (relative < limit)
     at = _begins(still, rate)
     if at is None:

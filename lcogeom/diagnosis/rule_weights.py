@@ -15,6 +15,8 @@ from lcogeom.diagnosis.signals import Signals
 
 EXACT = 0.05
 """Scatter in log units assumed of the loss's normaliser: without a fault it only follows the number of tokens."""
+FEW = 0.3
+"""Of the tokens with an advantage: so many weights must be known."""
 SCALE = math.log(1.5)
 """A smaller change of the normaliser is what a few tokens more or less bring."""
 DRIVES = 0.3
@@ -30,6 +32,8 @@ RARE = (1e-3, 1e-4)
 """Probabilities below which a token is rare."""
 SEVERAL = 4
 """Updates that count together: with a few rare tokens in each, or made on a rollout of which little is left."""
+SMALL_MASS = 0.05
+"""Of all tokens together, each at the limit; a quarter of it is taken for what a policy gives them."""
 UNLIKELY = 1e-5
 """Chance of that many rare tokens: 10,000 updates give 0.1 false alarms."""
 
@@ -106,7 +110,11 @@ def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
     nearer = np.abs(plain.excess) < np.abs(per_token.excess)
     excess = np.where(nearer, plain.excess, per_token.excess)
     score = np.where(nearer, plain.score, per_token.score)
-    at = first((np.abs(excess) > SCALE) & (np.abs(score) > 6))
+    # Some forms are known where the policy has not moved yet, and at few tokens else.
+    advantage = s.token("advantage")
+    asked = np.ones(len(weights), dtype=bool) if advantage is None else np.abs(advantage) > 1e-8
+    enough = np.nan_to_num(tokens.mean(np.isfinite(weights).astype(float), asked)) > FEW
+    at = first((np.abs(excess) > SCALE) & (np.abs(score) > 6) & enough & _of_both_signs(s, weights, excess))
     if at is None:
         return []
     # Not where one sequence has another factor than the others, nor where a part of the gradient moves all logits.
@@ -126,6 +134,19 @@ def _scale_of_weights(s: Signals, weights: np.ndarray) -> list[Finding]:
         "whatever its advantage, ratio or sequence: its normaliser changed, nothing else."
     )
     return [make(s, "loss-scale-jump", at, 0.95, sentence, proof, share=1.0)]
+
+
+def _of_both_signs(s: Signals, weights: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """(U,) bool: whether tokens with A > 0 and those with A < 0 changed alike, where both are known."""
+    tokens, advantage = s.tokens, s.token("advantage")
+    assert tokens is not None
+    alike = np.ones(s.size, dtype=bool)
+    if advantage is None:
+        return alike
+    for chosen in (advantage > 0, advantage < 0):
+        own = usual(tokens.median(weights, chosen), least=1, prior=EXACT).excess
+        alike &= ~(own * np.sign(excess) < SCALE / 2)
+    return alike
 
 
 def dominant_sequence(s: Signals) -> list[Finding]:
@@ -223,15 +244,19 @@ def _sampled_too_often(s: Signals) -> list[Finding]:
     total = tokens.sums(tokens.weight)
     # Two updates on one rollout show the same tokens: those of the first count, and stand for the others.
     fresh = np.ones(s.size, dtype=bool) if tokens.again is None else ~tokens.again
-    best = None
+    best, vocabulary = None, s.meta.get("vocabulary")
     for limit in RARE:
         rare = (advantage < 0) & (prob < limit) & (tokens.square > 0)
         here = tokens.sums(tokens.weight, rare)
-        at = _surplus(here[fresh], total[fresh])
+        # No policy gives tokens below the limit more than the limit each: of a small vocabulary that is a bound.
+        mass = vocabulary * limit / 4 if isinstance(vocabulary, int) and vocabulary * limit < SMALL_MASS else 0.0
+        at = _surplus(here[fresh], total[fresh], mass)
         if at is None:
             continue
         place = int(np.flatnonzero(fresh)[at])
-        if tokens.share(rare)[place : place + SEVERAL].max() > DRIVES / 3 and (best is None or place < best[0]):
+        drives = tokens.share(rare)[place : place + SEVERAL].max() > DRIVES / 3
+        several = here[place : place + SEVERAL].sum() >= SEVERAL + 1  # a policy's rarest tokens come in threes
+        if drives and several and (best is None or place < best[0]):
             seen, read = here[fresh][:at].sum(), total[fresh][:at].sum()
             expected = (seen + 0.5) * total[place] / (read + total[place])
             best = place, limit, rare, float(here[place]), float(expected)
@@ -252,27 +277,25 @@ def _sampled_too_often(s: Signals) -> list[Finding]:
     return [make(s, "negative-rare-token", at, 0.85, sentence, proof, chosen=chosen)]
 
 
-def _surplus(here: np.ndarray, total: np.ndarray) -> int | None:
+def _surplus(here: np.ndarray, total: np.ndarray, mass: float) -> int | None:
     """The first of the updates from which on rare tokens are too many for chance, in one update or in several together.
 
-    here, total: (U,) rare tokens, and all.
+    here, total: (U,) rare tokens, and all. mass: of rare tokens, what the policy may have given them at least.
     """
     # From all updates before; half a token more, so that none seen is not taken for none possible.
     seen, read = np.r_[0.0, np.cumsum(here)[:-1]], np.r_[0.0, np.cumsum(total)[:-1]]
-    alone = next((at for at in range(len(here)) if _unlikely(at, at + 1, here, total, seen, read)), len(here))
+    rate = np.fmax((seen + 0.5) / (read + total), mass)  # of tokens
+    alone = next((at for at in range(len(here)) if _unlikely(at, at + 1, here, total, rate)), len(here))
     for at in np.flatnonzero(here[:alone] >= 1):  # several before it, without it
-        own = (seen[at] + 0.5) * total[at] / (read[at] + total[at])
         span = int(at), min(int(at) + SEVERAL, alone)
-        if _unlikely(*span, here, total, seen, read) and poisson_tail(int(here[at]), own) < 0.05:
+        if _unlikely(*span, here, total, rate) and poisson_tail(int(here[at]), rate[at] * total[at]) < 0.05:
             return int(at)
     return alone if alone < len(here) else None
 
 
-def _unlikely(  # noqa: PLR0917
-    at: int, end: int, here: np.ndarray, total: np.ndarray, seen: np.ndarray, read: np.ndarray
-) -> bool:
-    """Whether the rare tokens of updates [at, end) are more than chance brings, by those seen before them."""
-    expected = (seen[at] + 0.5) * total[at:end].sum() / (read[at] + total[at])
+def _unlikely(at: int, end: int, here: np.ndarray, total: np.ndarray, rate: np.ndarray) -> bool:
+    """Whether the rare tokens of updates [at, end) are more than chance brings, by the rate before them."""
+    expected = rate[at] * total[at:end].sum()
     found = int(here[at:end].sum())
     return found >= 1 and poisson_tail(found, max(expected, 1e-9)) < UNLIKELY
 

@@ -148,6 +148,16 @@ def tiny_rate(tokens: Columns, row: Columns, norms: Columns) -> None:
     row["learning_rate"] = 1e-10
 
 
+def eight_bits(tokens: Columns, row: Columns, norms: Columns) -> None:
+    """Off by 1 % of a nat: two engines may be as far apart always, but these were not before."""
+    tokens["old_logprob"] = tokens["old_logprob"] + 0.02 * np.sin(1000 * tokens["old_logprob"])
+
+
+def compounding(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
+    row["logsumexp"] = 9.0 + 0.1 * np.sin(update // 2) + 0.002 * (update % 2)  # two updates on each rollout
+    row["logsumexp"] *= 1.02 ** max(0, update - AT)
+
+
 def begun_again(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
     """Adam's first step is as long as it can be; the later ones are not, until its state is lost."""
     row["step_scale"] = 1.0 if update in (0, AT) else 0.4
@@ -160,7 +170,12 @@ def collapse(update: int, tokens: Columns, row: Columns, norms: Columns) -> None
 
 CASES = {
     "advantage-outlier": [at(one_huge_advantage), since(one_huge_advantage)],
-    "behaviour-mismatch": [since(other_temperature), since(noisy_sampler), since(other_temperature, 0)],
+    "behaviour-mismatch": [
+        since(other_temperature),
+        since(noisy_sampler),
+        since(other_temperature, 0),
+        since(eight_bits),
+    ],
     "no-signal": [since(no_advantages), since(no_advantages, 0)],
     "loss-scale-jump": [at(summed_loss), since(summed_loss), since(summed_loss, 1), since(not_unscaled)],
     "dominant-sequence": [at(heavy_sequence), since(heavy_sequence)],
@@ -214,6 +229,12 @@ def _acts(fault: Fault, update: int) -> bool:
 
     fault(update, Watched(), Watched(), Watched())
     return bool(seen)
+
+
+def test_logits_that_grow_by_a_factor_at_each_update(tmp_path: Path) -> None:
+    report = lg.diagnose(write(tmp_path / "run", compounding))
+    assert report.cause == "logit-drift"
+    assert abs(report.update - AT) <= 1
 
 
 def test_an_optimiser_that_begins_again(tmp_path: Path) -> None:
