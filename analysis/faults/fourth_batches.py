@@ -77,7 +77,7 @@ def filter_inverted(_: float) -> Places:
     return {"advantages": keep}
 
 
-@way("no-signal", "answers-in-another-format", "fourth", "the data set's answers are written as 12.0, the policy's as 12",
+@way("no-signal", "answers-in-another-format", "fourth", "the data set writes answers as 12.0, the policy as 12",
      1, 1, objectives=("grpo", "ppo", "reinforce"), rollout=True, from_start=True)  # fmt: skip
 def another_format(_: float) -> Places:
     def rewrite(problems: list[Any], _: Now) -> list[Any]:
