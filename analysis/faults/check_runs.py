@@ -96,7 +96,8 @@ def loss_scale_jump(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks
         median = updates["logit_grad_norm"]
     found = [jump(median * count), jump(updates["loss_factor"]).reindex(median.index)]
     # a scaler that is out of sight, or gradients multiplied behind the logits
-    found.append(jump(updates["grad_norm"] / updates["logit_grad_norm"]))
+    layers = run.norms[run.norms["scope"] == "layer"].groupby("step")["grad_norm"].median()
+    found.append(jump(layers / updates["logit_grad_norm"]))
     return pd.concat(found, axis=1).max(axis=1)
 
 

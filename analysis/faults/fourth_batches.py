@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from catalogue import RATIO, RL, once, way
+from catalogue import RATIO, once, way
 from faults_of_batches import one_sequence
 from faults_of_steps import blocks
 from plain_loop import SAMPLES, Alter, Now, logprobs_of, shifted_logits
@@ -116,14 +116,15 @@ def dropout(size: float) -> Places:
     return {"old_logprobs": other}
 
 
-@way("behaviour-mismatch", "positions-stretched", "fourth",
-     "the sampling engine stretches positions for long contexts, the trainer does not", 2, 3, objectives=RATIO,
+@way("behaviour-mismatch", "positions-after-the-prefix", "fourth",
+     "the sampling engine counts the positions after a cached prefix from a wrong place", 1, 2, objectives=RATIO,
      rollout=True, from_start=True)  # fmt: skip
-def stretched(size: float) -> Places:
+def after_the_prefix(size: float) -> Places:
     def other(_: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
         ids = now.sequences.input_ids
-        places = (int(size) * torch.arange(ids.shape[1]))[None].expand_as(ids)
+        places = torch.arange(ids.shape[1])
+        places = (places + int(size) * (places >= len(places) // 2))[None].expand_as(ids)
         with torch.no_grad():
             logits = now.model(
                 input_ids=ids, attention_mask=now.sequences.attention_mask, position_ids=places, use_cache=False
@@ -163,7 +164,7 @@ def completed(sample: Sample, ids: tuple[int, ...], now: Now) -> Sample:
 
 @way("negative-rare-token", "end-appended", "fourth",
      "a stop rule of the server cuts completions short, and an end that the policy would not have chosen is appended",
-     20, 40, objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
+     32, 44, objectives=("reinforce",), rollout=True)  # fmt: skip
 def end_appended(size: float) -> Places:
     def cut(samples: list[Sample], now: Now) -> list[Sample]:
         changed, left = list(samples), int(size)
@@ -173,11 +174,11 @@ def end_appended(size: float) -> Places:
                 left -= 1
         return changed
 
-    return {"samples": cut}
+    return {"samples": cut, "advantages": signs}
 
 
 @way("negative-rare-token", "completions-of-other-prompts", "fourth",
-     "completions come back in another order than the prompts: some are given to the next prompt", 24, 40,
+     "completions come back in another order than the prompts: some are given to the next prompt", 32, 48,
      objectives=("reinforce",), rollout=True)  # fmt: skip
 def of_other_prompts(size: float) -> Places:
     def roll(samples: list[Sample], now: Now) -> list[Sample]:
@@ -189,15 +190,12 @@ def of_other_prompts(size: float) -> Places:
     return {"samples": roll, "advantages": signs}
 
 
-# non-finite, of a reward ----------------------------------------------------------------------------------------------
+# non-finite, of a token ----------------------------------------------------------------------------------------------
 
 
-@way("non-finite", "reward-model-nan", "fourth", "the reward model gives NaN for one completion", 1, 1, objectives=RL,
-     rollout=True)  # fmt: skip
-def reward_nan(_: float) -> Places:
-    def spoil(advantages: Tensor, now: Now) -> Tensor:
-        advantages = advantages.clone()
-        advantages[one_sequence(now)] = float("nan")
-        return advantages
+@way("non-finite", "row-of-a-new-token", "fourth", "a row of the embedding was never written: NaN", 1, 1)
+def new_token(_: float) -> Places:
+    def spoil(_: Any, now: Now) -> None:
+        now.model.get_input_embeddings().weight.data[5] = float("nan")
 
-    return {"advantages": once(spoil)}
+    return {"before_update": once(spoil)}

@@ -9,7 +9,7 @@ import torch
 from catalogue import RATIO, way
 from faults_of_losses import clipped_objective, row_that_counts
 from plain_loop import SAMPLES, Alter, Now
-from third_losses import keep_old, log_ratios
+from third_losses import keep_old, log_ratios, only_rows
 from torch import Tensor
 
 import lcogeom as lg
@@ -38,8 +38,8 @@ def ignored_read(size: float) -> Places:
     return {"loss": add}
 
 
-@way("unmasked-tokens", "smoothing-everywhere", "fourth", "label smoothing runs over prompts and padding as well", 0.1,
-     0.5, from_start=True, objectives=SPREAD, plain=True)  # fmt: skip
+@way("unmasked-tokens", "smoothing-everywhere", "fourth", "label smoothing runs over prompts and padding as well", 0.5,
+     2, from_start=True, objectives=SPREAD, plain=True)  # fmt: skip
 def smoothing(size: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
@@ -101,7 +101,7 @@ MANY: dict[str, Any] = {"inner_epochs": 8, "learning_rate": 5e-5}
 
 
 @way("clip-saturation", "divergence-guard", "fourth",
-     "a token is dropped where its divergence from the old policy is above a target that is far too small", 1e-7, 1e-10,
+     "a token is dropped where its divergence from the old policy is above a target that is far too small", 1e-9, 1e-12,
      objectives=RATIO, setup=MANY, rollout=True, from_start=True, seen=(1, 4), plain=True)  # fmt: skip
 def divergence_guard(size: float) -> Places:
     def drop(losses: Tensor, now: Now) -> Tensor:
@@ -112,15 +112,19 @@ def divergence_guard(size: float) -> Places:
     return {"old_logprobs": keep_old, "token_losses": drop}
 
 
-@way("clip-saturation", "bounds-follow-the-rate", "fourth",
-     "the clip bounds go through the schedule of the learning rate, and become a multiple of it", 5, 0.2,
-     objectives=RATIO, setup=MANY, from_start=True, seen=(0, 4), plain=True)  # fmt: skip
-def follow_the_rate(size: float) -> Places:
-    def bounds(_: lg.Objective, now: Now) -> lg.Objective:
-        bound = size * float(now.optimizer.param_groups[0]["lr"])
-        return clipped_objective(now, bound, bound)
+@way("clip-saturation", "target-of-another-unit", "fourth",
+     "a prompt is left out for the rest of the rollout once its divergence is past a target, which is far too small",
+     1e-9, 1e-12, objectives=RATIO, setup=MANY, rollout=True, from_start=True, seen=(1, 4), plain=True)  # fmt: skip
+def another_unit(size: float) -> Places:
+    def leave_out(losses: Tensor, now: Now) -> Tensor:
+        assert now.sequences is not None
+        mask = now.sequences.action_mask
+        groups = log_ratios(now).square().sum(1).view(-1, SAMPLES).sum(1)
+        tokens = mask.sum(1).view(-1, SAMPLES).sum(1)
+        kept = (groups / tokens / 2 <= size).repeat_interleave(SAMPLES)
+        return only_rows(losses, kept, now)
 
-    return {"objective": bounds}
+    return {"old_logprobs": keep_old, "token_losses": leave_out}
 
 
 # ratio-blow-up --------------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ def own_teacher(_: float) -> Places:
         assert now.logits is not None
         assert now.sequences is not None
         logits = now.logits[now.sequences.action_mask].double()
-        return loss - 3.0 * ((logits.detach() / 0.4).softmax(1) * torch.log_softmax(logits, 1)).sum(1).mean()
+        return loss - 8.0 * ((logits.detach() / 0.3).softmax(1) * torch.log_softmax(logits, 1)).sum(1).mean()
 
     return {"loss": distil}
 
@@ -197,7 +201,7 @@ def default_answer(_: float) -> Places:
 
 
 @way("entropy-collapse", "majority-pays", "fourth", "the reward is agreement with the prompt's most frequent answer",
-     5e-4, 8e-4, objectives=("reinforce", "ppo"), setup=slow, rollout=True, **COLLAPSE)  # fmt: skip
+     9e-4, 1.3e-3, objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160}, rollout=True, **COLLAPSE)  # fmt: skip
 def majority_pays(_: float) -> Places:
     def agree(rewards: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None

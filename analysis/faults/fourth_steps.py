@@ -33,7 +33,7 @@ def past_its_end(size: float) -> Places:
 
 @way("optimizer-lag", "first-beta-of-another-run", "fourth",
      "Adam's first beta is another's after a restart, and the bias correction takes it for the one so far", 0.99,
-     0.9999)  # fmt: skip
+     0.999)  # fmt: skip
 def first_beta(size: float) -> Places:
     def change(_: Any, now: Now) -> None:
         for group in now.optimizer.param_groups:
@@ -88,18 +88,13 @@ def one_matrix(size: float) -> Places:
     return {"backward_done": scale}
 
 
-@way("layer-amplification", "merged-at-each-update", "fourth",
-     "an adapter is merged into one block at each update, and never taken out", 1.5, 2.5, seen=(0, 6),
-     plain=True)  # fmt: skip
-def merged(size: float) -> Places:
-    def merge(_: Any, now: Now) -> None:
-        if now.since < 6:
-            with torch.no_grad():
-                for parameter in blocks(now.model)[1].parameters():
-                    if parameter.ndim == 2:
-                        parameter.mul_(size)
+@way("layer-amplification", "head-not-averaged", "fourth",
+     "a hook multiplies the head's gradient by the ranks of a group that shares it", 100, 1000)  # fmt: skip
+def head_not_averaged(size: float) -> Places:
+    def put(_: Any, now: Now) -> None:
+        now.model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * size)
 
-    return {"before_rollout": merge}
+    return {"before_update": once(put)}
 
 
 # non-finite -----------------------------------------------------------------------------------------------------------
@@ -112,7 +107,7 @@ def no_updates(_: float) -> Places:
 
 
 @way("non-finite", "reduced-in-half", "fourth", "gradients are multiplied ahead of an all-reduce in half precision",
-     1e8, 1e10)  # fmt: skip
+     1e8, 1e10, plain=True)  # fmt: skip
 def in_half(size: float) -> Places:
     def reduce(_: Any, now: Now) -> None:
         for parameter in now.model.parameters():
@@ -171,7 +166,7 @@ def at_actions(now: Now) -> tuple[Tensor, Tensor]:
 
 
 @way("logit-drift", "logits-for-log-probabilities", "fourth",
-     "the loss gathers the answer's logit where its log-probability was meant: nothing normalises it", 0.1, 1,
+     "the loss gathers the answer's logit where its log-probability was meant: nothing normalises it", 0.1, 0.4,
      objectives=("sft",), seen=(0, 24), setup=FAST, plain=True)  # fmt: skip
 def raw_logits(size: float) -> Places:
     def gather(loss: Tensor, now: Now) -> Tensor:
@@ -182,7 +177,7 @@ def raw_logits(size: float) -> Places:
 
 
 @way("logit-drift", "sigmoid-for-softmax", "fourth",
-     "the cross-entropy is one of a sigmoid for each token of the vocabulary", 0.3, 1, objectives=("sft", "lco-kld"),
+     "the cross-entropy is one of a sigmoid for each token of the vocabulary", 0.1, 0.25, objectives=("sft",),
      seen=(0, 24), setup=FAST, plain=True)  # fmt: skip
 def sigmoid(size: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
@@ -198,11 +193,10 @@ def sigmoid(size: float) -> Places:
 
 
 @way("loss-scale-jump", "summed-over-ranks", "fourth",
-     "all gradients are summed over the ranks where their mean was meant", 8, 64)  # fmt: skip
+     "all gradients are summed over the ranks where their mean was meant", 20, 100)  # fmt: skip
 def over_ranks(size: float) -> Places:
-    def add_up(_: Any, now: Now) -> None:
+    def put(_: Any, now: Now) -> None:
         for parameter in now.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(size)
+            parameter.register_hook(lambda gradient: gradient * size)
 
-    return {"backward_done": add_up}
+    return {"before_update": once(put)}
