@@ -201,7 +201,8 @@ def default_answer(_: float) -> Places:
 
 
 @way("entropy-collapse", "majority-pays", "fourth", "the reward is agreement with the prompt's most frequent answer",
-     9e-4, 1.3e-3, objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160}, rollout=True, **COLLAPSE)  # fmt: skip
+     9e-4, 1.3e-3, objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160},
+     rollout=True, **COLLAPSE)  # fmt: skip
 def majority_pays(_: float) -> Places:
     def agree(rewards: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
