@@ -178,7 +178,7 @@ def end_appended(size: float) -> Places:
 
 
 @way("negative-rare-token", "completions-of-other-prompts", "fourth",
-     "completions come back in another order than the prompts: some are given to the next prompt", 32, 48,
+     "completions come back in another order than the prompts: some are given to the next prompt", 44, 56,
      objectives=("reinforce",), rollout=True)  # fmt: skip
 def of_other_prompts(size: float) -> Places:
     def roll(samples: list[Sample], now: Now) -> list[Sample]:
@@ -193,7 +193,8 @@ def of_other_prompts(size: float) -> Places:
 # non-finite, of a token ----------------------------------------------------------------------------------------------
 
 
-@way("non-finite", "row-of-a-new-token", "fourth", "a row of the embedding was never written: NaN", 1, 1)
+@way("non-finite", "row-of-a-new-token", "fourth", "a row of the embedding was never written: NaN", 1, 1,
+     plain=True)  # fmt: skip
 def new_token(_: float) -> Places:
     def spoil(_: Any, now: Now) -> None:
         now.model.get_input_embeddings().weight.data[5] = float("nan")
