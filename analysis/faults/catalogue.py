@@ -6,6 +6,7 @@ those before it are what the rules were tuned on.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ RATIO = ("grpo", "ppo")
 ALL = (*RL, "sft")
 
 
-SERIES = {"first": 0, "second": 5000, "third": 9000}
+SERIES = {"first": 0, "second": 5000, "third": 9000, "fourth": 13000}
 """In the order in which they were made, each with what its seeds begin at."""
 
 
@@ -196,7 +197,7 @@ HEALTHY: tuple[dict[str, object], ...] = (
 
 
 def healthy_cases() -> list[Case]:
-    """Every objective with every kind of settings, on the seeds of both older series; then those that are held out."""
+    """Every objective with every kind of settings, on the seeds of both oldest series; then the later series' own."""
     cases = []
     for series in ("first", "second"):
         turn, half = 0, half_of(series)
@@ -218,41 +219,40 @@ def healthy_cases() -> list[Case]:
                     **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), "updates": 24},
                 )
                 cases.append(Case(f"healthy/{objective}-{loop}/{place}", half, start + turn, setup, loop=loop))
-    return [*cases, *held_out_healthy()]
+    return [*cases, *healthy_of("third", after=500, place=19), *healthy_of("fourth", after=600, place=199)]
 
 
-def held_out_healthy() -> list[Case]:
-    """The newest series' healthy runs: settings that people use, of which none is in HEALTHY."""
-    from held_out_healthy import IN_LIBRARIES, kinds
+def healthy_of(series: str, *, after: int, place: int) -> list[Case]:
+    """A later series' healthy runs: settings that people use, of which none is in HEALTHY or an earlier series.
 
-    cases, series = [], list(SERIES)[-1]
-    for turn, (objective, kind) in enumerate(kinds(), start=1):
+    Args:
+        after: the seeds begin there, counted from the series' own first.
+        place: numbers in the names begin there.
+    """
+    listed, cases, turn = importlib.import_module(f"{series}_healthy"), [], 0
+    for turn, (objective, kind) in enumerate(listed.kinds(), start=1):
         setup = Setup(
             model=("tiny", "gpt2")[(turn + turn // 20) % 2],
             **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), **kind},
         )
-        name = f"healthy/{objective}-{'-'.join(kind) or 'plain'}/{19 + turn}"
-        cases.append(Case(name, half_of(series), SERIES[series] + 500 + turn, setup))
+        name = f"healthy/{objective}-{'-'.join(kind) or 'plain'}/{place + turn}"
+        cases.append(Case(name, half_of(series), SERIES[series] + after + turn, setup))
     for loop, objectives in OBJECTIVES.items():
         for objective in objectives:
-            for kind in IN_LIBRARIES:
+            for kind in listed.IN_LIBRARIES:
                 turn += 1
                 setup = Setup(
                     model=("tiny", "gpt2")[turn % 2],
                     **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), "updates": 24, **kind},
                 )
-                name = f"healthy/{objective}-{loop}/{19 + turn}"
-                cases.append(Case(name, half_of(series), SERIES[series] + 500 + turn, setup, loop=loop))
+                name = f"healthy/{objective}-{loop}/{place + turn}"
+                cases.append(Case(name, half_of(series), SERIES[series] + after + turn, setup, loop=loop))
     return cases
 
 
 def ways() -> list[Way]:
-    """Every way; their files are read on the first call."""
-    import faults_of_batches  # noqa: F401
-    import faults_of_losses  # noqa: F401
-    import faults_of_steps  # noqa: F401
-    import held_out_batches  # noqa: F401
-    import held_out_losses  # noqa: F401
-    import held_out_steps  # noqa: F401
-
+    """Every way, series by series: a way's place in the list gives its runs their models and objectives."""
+    for start in ("faults_of", "third", "fourth"):
+        for kind in ("batches", "losses", "steps"):
+            importlib.import_module(f"{start}_{kind}")
     return WAYS

@@ -95,8 +95,9 @@ def loss_scale_jump(run: Any, updates: pd.DataFrame, _: dict[str, Any]) -> Marks
     if run.tokens["d1"].isna().all():
         median = updates["logit_grad_norm"]
     found = [jump(median * count), jump(updates["loss_factor"]).reindex(median.index)]
-    if updates["loss_factor"].isna().all():  # a trainer whose scaler is out of sight
-        found.append(jump(updates["grad_norm"] / updates["logit_grad_norm"]))
+    # a scaler that is out of sight, or gradients multiplied behind the logits
+    layers = run.norms[run.norms["scope"] == "layer"].groupby("step")["grad_norm"].median()
+    found.append(jump(layers / updates["logit_grad_norm"]))
     return pd.concat(found, axis=1).max(axis=1)
 
 

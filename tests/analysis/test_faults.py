@@ -47,7 +47,12 @@ def test_the_catalogue_covers_every_cause_on_both_halves(bench: Any) -> None:
         mine = [way for way in ways if way.cause == cause]
         assert len({way.name for way in mine}) == len(mine) >= 3, cause
         assert {way.series for way in mine} == set(bench.catalogue.SERIES), cause
-    assert [bench.catalogue.half_of(one) for one in bench.catalogue.SERIES] == ["tuning", "tuning", "held-out"]
+    assert [bench.catalogue.half_of(one) for one in bench.catalogue.SERIES] == [
+        "tuning",
+        "tuning",
+        "tuning",
+        "held-out",
+    ]
     seeds = {half: {case.seed for case in cases if case.half == half} for half in ("tuning", "held-out")}
     assert not seeds["tuning"] & seeds["held-out"]
     assert len({(case.half, case.name) for case in cases}) == len(cases)
