@@ -28,7 +28,7 @@ from rich.progress import track
 import lcogeom as lg
 
 RUN = {"plain": plain_loop.run, "ours": library_loops.run_ours, "trl": library_loops.run_trl}
-FOLDERS = {"tuning": "tune", "held-out": "held_out4"}
+FOLDERS = {"tuning": "tune", "held-out": "held_out"}
 
 
 def folder_of(out: Path, case: Case) -> Path:
