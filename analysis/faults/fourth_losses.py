@@ -13,7 +13,6 @@ from third_losses import keep_old, log_ratios, only_rows
 from torch import Tensor
 
 import lcogeom as lg
-from lcogeom.objectives.action import ActionObjective
 from lcogeom.training.rollout import Sample
 
 Places = dict[str, Alter]
@@ -139,7 +138,7 @@ def weight_clipped(name: str) -> lg.Objective:
         ratio = (logp - batch.old_logprobs.to(logp)).exp().detach()
         return -ratio.clamp(0.8, 1.2) * batch.advantages.to(logp) * logp
 
-    return ActionObjective(name, loss, ("advantages", "old_logprobs"))
+    return lg.ActionObjective(name, loss, ("advantages", "old_logprobs"))
 
 
 LONG: dict[str, Any] = {"inner_epochs": 30, "updates": 60, "advantages": "reinforce"}

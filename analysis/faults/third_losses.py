@@ -11,7 +11,6 @@ from plain_loop import Alter, Now, logprobs_of, shifted_logits
 from torch import Tensor
 
 import lcogeom as lg
-from lcogeom.objectives.action import ActionObjective
 from lcogeom.training.rollout import Sample
 
 Places = dict[str, Alter]
@@ -199,7 +198,7 @@ def larger_of_two(name: str, low: float = 0.2, high: float = 0.2) -> lg.Objectiv
         ratio, advantages = (logp - batch.old_logprobs.to(logp)).exp(), batch.advantages.to(logp)
         return -torch.maximum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
-    return ActionObjective(name, loss, ("advantages", "old_logprobs"))
+    return lg.ActionObjective(name, loss, ("advantages", "old_logprobs"))
 
 
 LONG: dict[str, Any] = {"inner_epochs": 30, "updates": 60}
