@@ -222,7 +222,7 @@ def _pushed_on(s: Signals) -> list[Finding]:
     at = first(tokens.again & (share > DRIVES))
     if at is None:
         return []
-    fallen = float(np.median(ratio[pushed & (tokens.update == at)]))
+    fallen = max(float(np.median(ratio[pushed & (tokens.update == at)])), 1e-300)  # which may have underflown to 0
     chosen = pushed & (tokens.update == at)
     proof = [
         s.evidence("ratio", at, fallen, 1.0, "ratio of the tokens pushed down, their median", "tokens"),
@@ -284,7 +284,7 @@ def _surplus(here: np.ndarray, total: np.ndarray, mass: float) -> int | None:
     """
     # From all updates before; half a token more, so that none seen is not taken for none possible.
     seen, read = np.r_[0.0, np.cumsum(here)[:-1]], np.r_[0.0, np.cumsum(total)[:-1]]
-    rate = np.fmax((seen + 0.5) / (read + total), mass)  # of tokens
+    rate = np.fmax((seen + 0.5) / np.fmax(read + total, 1.0), mass)  # of tokens
     alone = next((at for at in range(len(here)) if _unlikely(at, at + 1, here, total, rate)), len(here))
     for at in np.flatnonzero(here[:alone] >= 1):  # several before it, without it
         span = int(at), min(int(at) + SEVERAL, alone)

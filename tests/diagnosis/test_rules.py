@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,16 @@ def _acts(fault: Fault, update: int) -> bool:
 
     fault(update, Watched(), Watched(), Watched())
     return bool(seen)
+
+
+def test_ratios_that_underflow_to_nothing(tmp_path: Path) -> None:
+    """An unclipped loss of log pi, as REINFORCE's, has a gradient at a ratio of 0."""
+    run = lg.load_run(write(tmp_path / "run"))
+    tokens = run.tokens
+    gone = (tokens["step"] == AT + 1) & (tokens["advantage"] < 0)
+    tokens.loc[gone, ["ratio", "d1", "logit_grad_norm"]] = 0.0, 1.0, 1.0
+    report = lg.diagnose(replace(run, tokens=tokens))
+    assert "negative-rare-token" in {finding.cause for finding in report.findings}
 
 
 def test_logits_that_grow_by_a_factor_at_each_update(tmp_path: Path) -> None:
