@@ -56,15 +56,16 @@ class ScalingWatch:
     def _read(self, places: Sequence[int]) -> Tensor:
         """(len(places), PLACES * RUN) float64, zeros where a gradient has fewer."""
         device, most = self._parameters[0].device, PLACES * RUN
-        some = [torch.zeros(0, most, device=device)]
+        views = []
         for place in places:
             gradient = local_gradient(self._parameters[place])
             assert gradient is not None
-            flat = gradient.detach().reshape(-1)
+            flat = gradient if gradient.is_contiguous() else gradient.reshape(-1)
             count = flat.numel()
-            if count <= most:
-                few = torch.nn.functional.pad(flat, (0, most - count))
+            if count > most:
+                few = flat.as_strided((PLACES, RUN), (count // PLACES, 1), flat.storage_offset())
             else:
-                few = flat.as_strided((PLACES, RUN), (count // PLACES, 1), flat.storage_offset()).reshape(-1)
-            some.append(few[None].to(device))
-        return torch.cat(some).double()
+                few = torch.nn.functional.pad(flat.reshape(-1), (0, most - count)).view(PLACES, RUN)
+            views.append(few if few.device == device else few.to(device))
+        none = torch.zeros(0, RUN, device=device)
+        return torch.cat([none, *views]).view(-1, most).double()

@@ -20,7 +20,8 @@ def stretches(tensor: Tensor) -> Sequence[Tensor]:
     tensor = tensor.detach()
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return (tensor,)
-    return tensor.view(-1).split(STRETCH)
+    flat = tensor.view(-1)
+    return (flat,) if len(flat) <= STRETCH else flat.split(STRETCH)
 
 
 def norm(tensor: Tensor) -> Tensor:
@@ -34,7 +35,10 @@ def squared_norms(norms: Sequence[Sequence[Tensor]]) -> Tensor:
     counts = [len(some) for some in norms]
     if max(counts) == 1:
         return squares
-    return torch.stack([part.sum() for part in squares.split(counts)])
+    if squares.device.type != "cpu":  # where sums by index depend on their order, which is not fixed
+        return torch.stack([part.sum() for part in squares.split(counts)])
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return squares.new_zeros(len(counts)).index_add_(0, owner, squares)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

@@ -165,8 +165,9 @@ class SketchedSteps:
         if self._unsure is not None:
             before = torch.where(self._unsure, torch.nan, before)
         self._seen, self._entries = self._versions(), self._read()
-        step = self._weights - before
-        norms, weights = step.square().sum(1), before.square().sum(1)  # summed over cells, whose errors average out
+        weights = _squares(before)
+        step = torch.sub(self._weights, before, out=before)
+        norms = _squares(step)
         values = {
             "update_norm": norms.sum().sqrt(),
             "weight_norm": weights.sum().sqrt(),
@@ -179,7 +180,7 @@ class SketchedSteps:
             values["step_cos_prev"] = torch.dot(step.flatten(), last) / (norms.sum() * length).sqrt()
             if self._still or self._between is not None:
                 moved = self._between
-                changed = torch.zeros_like(norms) if moved is None else moved.square().sum(1)
+                changed = torch.zeros_like(norms) if moved is None else _squares(moved)
                 undone = torch.zeros_like(length) if moved is None else -torch.dot(moved.flatten(), last)
                 between = self._by_key(changed)
                 values["moved_between"] = changed.sum().sqrt()
@@ -225,7 +226,8 @@ class SketchedSteps:
     def _read(self) -> Tensor:
         # No view is kept: it would hold memory that the loop frees by moving the weights elsewhere while it samples.
         device = self._parameters[0].device
-        return torch.cat([_some(local(parameter)).to(device) for parameter in self._parameters])
+        some = (_some(local(parameter)) for parameter in self._parameters)
+        return torch.cat([few if few.device == device else few.to(device) for few in some])
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(part._version, part.data_ptr()) for part in map(local, self._parameters)]
@@ -322,11 +324,17 @@ def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 def _some(tensor: Tensor) -> Tensor:
     """A view of a few of its elements, (n,)."""
-    tensor, n = tensor.detach(), WATCHED
     if not tensor.is_contiguous():
         return tensor[(slice(0, 1),) * tensor.ndim].reshape(-1)
-    flat = tensor.view(-1)
-    return flat if len(flat) <= n else flat.as_strided((n,), (len(flat) // n,), flat.storage_offset())
+    count = tensor.numel()
+    if count <= WATCHED:
+        return tensor.reshape(-1)
+    return tensor.as_strided((WATCHED,), (count // WATCHED,), tensor.storage_offset())
+
+
+def _squares(cells: Tensor) -> Tensor:
+    """(cells,): squared norm of each row; their sum is exacter than the whole's, as the rows' errors average out."""
+    return torch.linalg.vector_norm(cells, dim=1).square()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ def test_all_pairs_of_many_vectors() -> None:
 @pytest.mark.parametrize("move", [1e-9, 1e-7])
 def test_small_moves_of_large_weights_are_seen(move: float) -> None:
     """Differences of float64 sketches of float32 weights near 0.02, whose rounding is 1e-9: a few blocks at once are
-    added up in float32, which costs no more than four such roundings."""
+    added up in float32, which costs no more than six such roundings."""
     before = 0.02 * draw(3_000_000, seed=1).float()
     after = before + move * draw(3_000_000, seed=2).float()
     sums = []
@@ -293,7 +293,7 @@ def test_small_moves_of_large_weights_are_seen(move: float) -> None:
         0.02 * 2.0**-24 / 3**0.5 * (3_000_000 / MODULE.SIZE) ** 0.5
     )  # of the weights, in one number of the sketch
     off = sums[1] - sums[0] - exact.result()
-    assert 0 < float(off.square().mean().sqrt()) < 4 * rounding
+    assert 0 < float(off.square().mean().sqrt()) < 6 * rounding
 
 
 # what it takes ----------------------------------------------------------------------------------
