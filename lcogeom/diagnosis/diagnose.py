@@ -16,8 +16,9 @@ from lcogeom.diagnosis.rule_data import advantage_outlier, behaviour_mismatch, n
 from lcogeom.diagnosis.rule_layers import layer_amplification
 from lcogeom.diagnosis.rule_policy import entropy_collapse, logit_drift, non_finite
 from lcogeom.diagnosis.rule_ratios import clip_saturation, ratio_blow_up
+from lcogeom.diagnosis.rule_scale import loss_scale_jump
 from lcogeom.diagnosis.rule_steps import optimizer_lag, precision_loss, step_too_large
-from lcogeom.diagnosis.rule_weights import dominant_sequence, loss_scale_jump, negative_rare_token
+from lcogeom.diagnosis.rule_weights import dominant_sequence, negative_rare_token
 from lcogeom.diagnosis.signals import Signals, signals_of
 from lcogeom.runs import Run, glossary, load_run
 from lcogeom.runs.columns import schema

@@ -8,9 +8,12 @@ from lcogeom.diagnosis.baseline import first, usual
 from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import make, number
 from lcogeom.diagnosis.signals import Signals
+from lcogeom.diagnosis.tokens import Tokens
 
-OUTSIDE = 1e-3
+OUTSIDE = 1e-4
 """Of the squared gradient: exactly 0 with a right mask, and rounding leaves less than 1e-6."""
+NOTICED = 1e-3
+"""Share of the squared gradient from which on tokens are worth a finding."""
 TAIL, TAILED = 2, 0.25
 """Repeated tokens at a sequence's end that make a tail, and the share of an update's sequences that end so, all with
 one token: a policy that repeats itself does so with tokens of its choice, and stops at the end of sequence."""
@@ -24,10 +27,16 @@ FEW = 0.05
 """Of the tokens: single ones may have been put in by hand, or overflow."""
 EXACTLY = 3e-4
 """Mean |log r| of a policy that computed the old log-probabilities itself, in float32."""
+MIXED = 0.8
+"""Share of ratios that are 1 but for rounding, below which a rollout is not that of the policy: saturated tokens' are 1
+whatever is wrong."""
+SETTLED = 3
+"""Rollouts whose ratios were 1 after which a single one whose are not is enough."""
 MINIBATCHED = 3
 """Returns to ratios of 1 after minibatches that were apart."""
-OUTLIER = 4.0
-"""Times the largest advantage before. Normalised ones cannot do that: in a batch of n they end at sqrt(n - 1)."""
+OUTLIER, EARLY = 3.0, 4.0
+"""Times the largest advantage before, and where little is known before. Normalised ones end at sqrt(n - 1) in a batch
+of n; healthy runs came to 1.8."""
 LARGEST_GROUP = 16
 """Completions of one prompt: common sizes are 4 to 16, and a smaller one would make the chance smaller yet."""
 CHANCE = 0.01
@@ -88,7 +97,7 @@ def _padding(s: Signals) -> list[Finding]:
         at = first((found > TAILED) & (surprise > SURPRISE))
         if at is None:
             return []
-    if not tokens.share(chosen & (tokens.update == at))[at] > OUTSIDE:
+    if not tokens.share(chosen & (tokens.update == at))[at] > NOTICED:
         return []
     proof = [s.evidence("token_id", at, found[at], 0.0, "of the sequences end in one repeated token", "tokens")]
     sentence = (
@@ -124,7 +133,7 @@ def _not_sampled(s: Signals) -> list[Finding]:
         return []
     begin = int(begins[at])
     chosen = (position >= begin) & (position < begin + TOGETHER) & (tokens.update == at)
-    if not tokens.share(chosen)[at] > OUTSIDE:  # a broken policy is sure of odd answers, and has no gradient
+    if not tokens.share(chosen)[at] > NOTICED:  # a broken policy is sure of odd answers, and has no gradient
         return []
     which = "first" if begin == 0 else f"{begin + 1}th to {begin + TOGETHER}th"
     proof = [
@@ -173,7 +182,7 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     far = fresh & (apart > APART) & (many > FEW)
     begins = [
         first(far & jumped & (apart > 3 * _within_rollouts(apart, far, fresh))),
-        _no_longer_one(apart, fresh, many),
+        _no_longer_one(apart, fresh, tokens.mean((log_ratio < EXACTLY).astype(float))),
     ]
     at = min((one for one in begins if one is not None), default=None)
     if at is None:
@@ -194,17 +203,20 @@ def behaviour_mismatch(s: Signals) -> list[Finding]:
     return [make(s, "behaviour-mismatch", at, 0.95 if first_of_run else 0.7, sentence, proof, chosen=chosen)]
 
 
-def _no_longer_one(apart: np.ndarray, fresh: np.ndarray, many: np.ndarray) -> int | None:
-    """The first of the new rollouts whose ratios are not 1 any more, at all those that follow."""
+def _no_longer_one(apart: np.ndarray, fresh: np.ndarray, exact: np.ndarray) -> int | None:
+    """The first of the new rollouts whose ratios are not 1 any more, at all those that follow.
+
+    exact: (U,) share of the tokens whose ratio is 1 but for rounding.
+    """
     order = np.flatnonzero(fresh)
-    exact = apart[order] < EXACTLY
-    if not exact.any():
+    at = np.flatnonzero((apart[order] < EXACTLY) & (exact[order] > 1 - FEW))
+    if not len(at):
         return None
-    at = np.flatnonzero(exact)
     after = order[at[-1] + 1 :]
     before = int(np.diff(at).max(initial=1)) - 1  # minibatches between two of them
-    off = (apart[after] > 10 * EXACTLY) & (many[after] > FEW)
-    return int(after[before]) if len(after) >= max(2, 2 * before + 1) and off.all() else None
+    needed = 2 * before + 1 if before else 2 - (len(at) >= SETTLED)
+    off = (apart[after] > EXACTLY) & (exact[after] < MIXED)
+    return int(after[before]) if len(after) >= max(1, needed) and off.all() else None
 
 
 def _within_rollouts(apart: np.ndarray, far: np.ndarray, fresh: np.ndarray) -> float:
@@ -243,8 +255,8 @@ def advantage_outlier(s: Signals) -> list[Finding]:
     few = np.cumsum(known) <= 3
     typical = np.nanmedian(positive)
     reference = np.where(few, np.fmax(np.nan_to_num(before, nan=0.0), typical), before)
-    reference = np.where(few & (np.nan_to_num(before) > OUTLIER * typical), typical, reference)
-    at = first(positive > OUTLIER * reference)
+    reference = np.where(few & (np.nan_to_num(before) > EARLY * typical), typical, reference)
+    at = first(positive > np.where(few, EARLY, OUTLIER) * reference)
     if at is None:
         return []
     chosen = (tokens.update == at) & (size > max(float(reference[at]), largest[at] / 2))
@@ -264,12 +276,12 @@ def advantage_outlier(s: Signals) -> list[Finding]:
 
 
 def _logged(s: Signals, cause: str, column: str, limit: float | None, says: str) -> list[Finding]:
-    """From one number of a plain log: above a limit, or OUTLIER times what it ever was before."""
+    """From one number of a plain log: above a limit, or EARLY times what it ever was before."""
     values = s.get(column)
     assert values is not None
     before = np.r_[np.nan, np.fmax.accumulate(np.nan_to_num(values, nan=0.0))[:-1]]
     known = np.cumsum(np.isfinite(values)) > 3
-    at = first(values > limit) if limit is not None else first(known & (before > 0) & (values > OUTLIER * before))
+    at = first(values > limit) if limit is not None else first(known & (before > 0) & (values > EARLY * before))
     if at is None:
         return []
     reference = limit if limit is not None else before[at]
@@ -283,8 +295,7 @@ def _logged(s: Signals, cause: str, column: str, limit: float | None, says: str)
 def no_signal(s: Signals) -> list[Finding]:
     """A stretch of updates whose advantages, or gradients, are all exactly zero, too long to be bad luck."""
     tokens, advantage = s.tokens, s.token("advantage")
-    zero = np.zeros(s.size, dtype=bool)
-    told, column = np.zeros(s.size, dtype=bool), "advantage"
+    zero, told, flat = (np.zeros(s.size, dtype=bool) for _ in range(3))
     if tokens is not None and advantage is not None:
         largest = tokens.largest(np.abs(advantage))
         told = np.isfinite(largest)
@@ -292,18 +303,39 @@ def no_signal(s: Signals) -> list[Finding]:
     for name in ("logit_grad_norm", "grad_norm"):
         values = s.get(name)
         if values is not None:
-            zero |= (values == 0) & ~told
-            told |= np.isfinite(values)
-            column = column if zero.any() and advantage is not None else name
+            flat |= values == 0
+    zero |= flat & ~told
     share = s.get("zero_signal_share")
     if share is not None:
         zero |= share >= 1
-    if not zero.any():
-        return []
     fresh = np.ones(s.size, dtype=bool) if tokens is None or tokens.again is None else ~tokens.again
-    by_group = _share_without(s, zero)
-    begins = np.flatnonzero(zero & ~np.r_[False, zero[:-1]])
-    for at in begins:
+    at, length, rate = _too_long(zero, fresh, _share_without(s, zero))
+    if at is not None:
+        column, table = ("advantage", "tokens") if told[at] else ("grad_norm", None)
+        proof = [s.evidence(column, at, 0.0, None, f"zero for {length} rollouts in a row", table)]
+        if not told[at] and share is not None and share[at] >= 1:
+            proof = [s.evidence("zero_signal_share", at, share[at], None, f"for {length} updates in a row")]
+        sentence = (
+            f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all (chance leaves "
+            f"{rate:.1%} of rollouts without): all completions score alike, and the updates teach nothing."
+        )
+        return [make(s, "no-signal", at, 0.95, sentence, proof)]
+    # Advantages there are, and nothing of them arrives, on new rollouts too, where none is clipped.
+    at, length, rate = _too_long(flat & told, fresh, 1.0)
+    if at is None:
+        return []
+    proof = [s.evidence("grad_norm", at, 0.0, None, f"zero for {length} rollouts in a row, though advantages are not")]
+    sentence = (
+        f"From update {s.steps[at]} on, the gradient of {length} rollouts in a row is exactly zero, though their "
+        "advantages are not: what is minimised does not depend on the model (a mask that is empty, a tensor that was "
+        "detached), and the updates teach nothing."
+    )
+    return [make(s, "no-signal", at, 0.85, sentence, proof)]
+
+
+def _too_long(zero: np.ndarray, fresh: np.ndarray, by_group: float) -> tuple[int | None, int, float]:
+    """(where a stretch of zeros too long for chance begins, its rollouts, the chance that one rollout has none)."""
+    for at in np.flatnonzero(zero & ~np.r_[False, zero[:-1]]):
         stop = at + int(np.argmin(np.r_[zero[at:], False]))
         length = int(fresh[at:stop].sum())
         elsewhere = fresh.copy()
@@ -311,16 +343,8 @@ def no_signal(s: Signals) -> list[Finding]:
         # Share of rollouts without signal otherwise; one in four of four more where little is known.
         rate = min((np.sum(zero & elsewhere) + 1) / (np.sum(elsewhere) + 4), by_group)
         if length >= 2 and fresh.sum() * rate**length < CHANCE:
-            break
-    else:
-        return []
-    table = "tokens" if column == "advantage" else None
-    proof = [s.evidence(column, int(at), 0.0, None, f"zero for {length} rollouts in a row", table)]
-    sentence = (
-        f"From update {s.steps[at]} on, {length} rollouts in a row have no advantage at all (chance leaves {rate:.1%} "
-        "of rollouts without): all completions score alike, and the updates teach nothing."
-    )
-    return [make(s, "no-signal", int(at), 0.95, sentence, proof)]
+            return int(at), length, rate
+    return None, 0, 1.0
 
 
 def _share_without(s: Signals, zero: np.ndarray) -> float:
@@ -334,4 +358,19 @@ def _share_without(s: Signals, zero: np.ndarray) -> float:
     if without == 0:  # normalised over the batch, not in groups
         return 1.0
     sequences = float(np.median(np.bincount(tokens.update_of_sequence, minlength=tokens.count)))
-    return without ** max(1.0, sequences / LARGEST_GROUP)
+    return without ** max(1.0, sequences / _group_size(tokens, advantage))
+
+
+def _group_size(tokens: Tokens, advantage: np.ndarray) -> int:
+    """Completions that are each other's baseline, whose advantages sum to 0; LARGEST_GROUP where that is not seen."""
+    count = np.maximum(np.bincount(tokens.sequence), 1)
+    mean = np.bincount(tokens.sequence, np.nan_to_num(advantage)) / count
+    by_update = np.split(mean, np.flatnonzero(np.diff(tokens.update_of_sequence)) + 1)
+    size = len(by_update[0])
+    if any(len(own) != size for own in by_update):  # some sequences have no token in the record
+        return LARGEST_GROUP
+    all_of_them, largest = np.array(by_update), np.abs(mean).max()
+    for group in range(2, min(size, LARGEST_GROUP) + 1):
+        if size % group == 0 and np.abs(all_of_them.reshape(-1, group).sum(1)).max() < 1e-3 * largest:
+            return group
+    return LARGEST_GROUP

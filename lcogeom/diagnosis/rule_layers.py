@@ -16,14 +16,18 @@ from lcogeom.diagnosis.signals import Signals
 
 GROWN = math.log(10.0)
 """Of a layer's gradient against the logits': it varies by a factor of three from batch to batch where terms cancel."""
-REPLACED = 0.05
+OWN = math.log(1.3)
+"""Of a layer's gradient against the others' between the backward pass and the step, where clipping leaves rounding."""
+REPLACED = 0.02
 """Of a layer's weights, between two steps."""
 
 
 def layer_amplification(s: Signals) -> list[Finding]:
     """One layer's weights or gradient were multiplied, or the gradient grows on its way back from some layer on."""
     found = [
-        one for rule in (_weights_changed, _keeps_changing, _gradient_changed, _grows_backwards) for one in rule(s)
+        one
+        for rule in (_weights_changed, _keeps_changing, _gradient_changed, _vanishes, _grows_backwards)
+        for one in rule(s)
     ]
     return sorted(found, key=lambda finding: finding.update)[:1]
 
@@ -92,7 +96,7 @@ def _gradient_changed(s: Signals) -> list[Finding]:
         own = factor - _middle(factor)[:, None]
     before = pd.DataFrame(own).shift(1).expanding().median().to_numpy()  # a loop may clip layer by layer, always
     off = np.abs(np.nan_to_num(own - before, nan=0.0))
-    at = first(off.max(1, initial=0.0) > math.log(2))
+    at = first(off.max(1, initial=0.0) > OWN)
     if at is None:
         # From the first update on; clipping layer by layer never makes a gradient larger.
         at = first(np.nanmax(np.where(np.isfinite(factor), factor, -1.0), axis=1, initial=-1.0) > math.log(2))
@@ -110,6 +114,30 @@ def _gradient_changed(s: Signals) -> list[Finding]:
         "between the backward pass and the optimiser, which clipping does not do."
     )
     return [make(s, "layer-amplification", at, 0.95, sentence, proof, where=name)]
+
+
+def _vanishes(s: Signals) -> list[Finding]:
+    """Some layers' gradients are exactly zero from some update on, and others' are not."""
+    layers = s.layers
+    if layers is None:
+        return []
+    there = layers.received > 0
+    gone = (layers.received == 0) & there.any(1, keepdims=True) & (np.cumsum(there, axis=0) >= 3)
+    begins = [longest_from(column, 3) for column in gone.T]
+    at = min((one for one in begins if one is not None), default=None)
+    if at is None:
+        return []
+    places = [place for place, begin in enumerate(begins) if begin == at]
+    name = layers.names[places[-1]]
+    proof = [
+        s.evidence("grad_norm_clipped", at, 0.0, layers.received[at - 1, places[-1]], f"gradient of {name}", "norms")
+    ]
+    sentence = (
+        f"From update {s.steps[at]} on the gradient of {name} is exactly zero, and those of other layers are not: "
+        "something multiplies it by zero, or cuts it off, on its way from the logits to the optimiser"
+        + (f"; {len(places) - 1} more layers are cut off with it." if len(places) > 1 else ".")
+    )
+    return [make(s, "layer-amplification", at, 0.8, sentence, proof, where=name)]
 
 
 def _middle(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,9 @@ BLOWN = 3.0
 CLIPPED = 0.5
 """Of the gradient called for, over a rollout: from here on clipping decides more than advantages do. PPO with four
 inner epochs loses 0.1 to 0.4."""
+LEFT = 0.02
+"""Of the tokens: share with a ratio above BLOWN or below its inverse, where some stay above it. Up to six inner epochs
+at rates that train leave none above for three updates."""
 SATURATED = 0.999
 """Probability from which on a slope of 0 may be rounding."""
 SEVERAL = 4
@@ -34,13 +37,20 @@ def ratio_blow_up(s: Signals) -> list[Finding]:
     far = largest > 2 * BLOWN
     # Of a loss made of ratios, one that stays so far out is enough: clipped or not, the policy left what was sampled.
     again = np.zeros(s.size, dtype=bool) if tokens.again is None else tokens.again
-    lasting = ahead((far & again).astype(float), 2) == 1
-    at = first(far & ((share > DRIVES) | (lasting & ("clip_low" in s.options))))
+    lasting = far & (ahead((far & again).astype(float), 2) == 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        outside = np.nan_to_num(tokens.mean((np.abs(np.log(ratio)) > np.log(BLOWN)).astype(float)))
+    staying = (ahead(((largest > BLOWN) & again).astype(float), 3) == 1) & (np.arange(s.size) <= s.size - 3)
+    lasting |= staying & (ahead(outside, 3) > LEFT)
+    at = first((far & (share > DRIVES)) | (lasting & ("clip_low" in s.options)))
     if at is None:
         return []
     proof = [
         s.evidence("ratio", at, largest[at], 1.0, "largest ratio", "tokens"),
         s.evidence("ratio", at, share[at], None, f"of the squared gradient at ratios above {BLOWN:g}", "tokens"),
+        s.evidence(
+            "ratio", at, outside[at], None, f"of the tokens at ratios above {BLOWN:g} or below its inverse", "tokens"
+        ),
     ]
     chosen = blown & (tokens.update == at)
     named = tokens.named(at, chosen)

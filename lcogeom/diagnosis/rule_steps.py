@@ -14,15 +14,21 @@ from lcogeom.diagnosis.finding import Finding
 from lcogeom.diagnosis.making import make, number
 from lcogeom.diagnosis.signals import Signals
 
+RATE = math.log(3.0)
+"""Of the learning rate against its median: a linear warm-up comes to twice that."""
 JUMP = math.log(4.0)
 """Of a norm against its baseline: batches differ by a factor of two or three, and healthy runs were seen to do so."""
+LAGS = math.log(2.5)
+"""Of a step per learning rate, beyond what its gradient did: healthy runs come to 1.6 above and 2.2 below."""
 ROUNDING = 0.05
 """Of the weights: what changes them by more than this after a step is no rounding."""
 RELATIVE = 0.02
 """Step over weights: a fiftieth of all weights rewritten at once. Fine-tuning usually moves 1e-5 to 5e-3 of them."""
+ADAPTED = 0.2
+"""The same of adapters (LoRA), whose weights are few and begin at zero: rates of 1e-4 to 1e-3 move them by 1 to 7 %."""
 CALM = 3.0
 """Times its usual norm: what a gradient as the optimiser receives it stays below, clipped or not, but for events."""
-KEPT = 0.15, 3.0
+KEPT = 0.3, 2.2
 """Of what momentum should keep of the last step, at least and at most: a new gradient that opposes it takes away 0.1 /
 0.23 (Adam's weight of it over Adam's usual step) times their cosine, more where the last ones cancelled, and one along
 it adds as much (0.29 to 1.6 was seen in healthy runs); the sketch errs by 0.01."""
@@ -58,12 +64,12 @@ def _rate_jumped(s: Signals) -> list[Finding]:
         s.lacks("step-too-large", "learning_rate", "whether the learning rate or the optimiser's state made the step")
         return []
     rate, known = rates
-    # A linear warm-up comes to twice the median of all before.
     last = np.r_[np.nan, rate[:-1]]
     with np.errstate(divide="ignore", invalid="ignore"):
         sudden = (np.log(rate / last) > JUMP / 2) | (known.excess > math.log(6))
     moved = usual(step)
-    at = first(sudden & (moved.excess > JUMP) & (moved.score > SURE) & (known.excess > moved.excess / 2))
+    went = (moved.excess > LAGS) & (moved.score > SURE / 2) & (known.excess > moved.excess / 2)
+    at = first(sudden & went & (known.excess > RATE))
     if at is None:
         return []
     proof = [
@@ -83,7 +89,7 @@ def optimizer_lag(s: Signals) -> list[Finding]:
         if s.table == "updates":
             s.lacks("optimizer-lag", "update_norm", "how far the weights moved; record with attach(sketch=16384)")
         return []
-    found = _momentum_kept(s) + _begun_again(s) + _out_of_proportion(s)
+    found = _begun_again(s) + _momentum_kept(s) + _out_of_proportion(s)
     return sorted(found, key=lambda finding: finding.update)[:1]
 
 
@@ -181,10 +187,10 @@ def _out_of_proportion(s: Signals) -> list[Finding]:
             per_rate = np.where(rates[0] > 0, step / rates[0], np.nan)
     lag = usual(per_rate)
     # A gradient that jumped takes Adam further too, by less than it jumped itself.
-    up = (lag.excess > JUMP) & (lag.score > SURE) & (lag.excess > np.maximum(grew, 0) + JUMP / 2)
+    up = (lag.excess > LAGS) & (lag.score > SURE / 2) & (lag.excess > np.maximum(grew, 0) + LAGS)
     there = np.ones(s.size, dtype=bool) if gradient is None else gradient > 0
     quiet = pd.Series(~there).rolling(20, min_periods=1).max().to_numpy() > 0  # momentum dies out without gradients
-    down = (lag.excess < -JUMP) & (lag.score < -SURE) & (lag.excess < np.minimum(grew, 0) - JUMP / 2) & ~quiet
+    down = (lag.excess < -LAGS) & (lag.score < -SURE / 2) & (lag.excess < np.minimum(grew, 0) - LAGS) & ~quiet
     at = first(up | down)
     if at is None:
         return []
@@ -226,7 +232,7 @@ def _absolute_step(s: Signals) -> list[Finding]:
     if step is None or weights is None:
         return []
     relative = step / np.where(weights > 0, weights, np.nan)
-    at = first(relative > RELATIVE)
+    at = first(relative > (ADAPTED if "Peft" in str(s.meta.get("model")) else RELATIVE))
     if at is None:
         return []
     proof = [s.evidence("update_norm", at, step[at], weights[at], "norm of the step, beside that of the weights")]

@@ -113,6 +113,7 @@ def _finish(update: int, tokens: Columns, row: Columns, norms: Columns) -> None:
     norms["grad_norm"] = scale * norms.pop("share")
     row.setdefault("grad_norm", float(np.sqrt((norms["grad_norm"] ** 2).sum())))
     row["grad_norm_clipped"] = min(1.0, row["grad_norm"]) if np.isfinite(row["grad_norm"]) else row["grad_norm"]
+    row["grad_norm_clipped"] *= row.pop("after_backward", 1.0)
     factor = row["grad_norm_clipped"] / row["grad_norm"] if row["grad_norm"] > 0 else 1.0
     norms["grad_norm_clipped"] = norms["grad_norm"] * factor * norms.pop("received")
     row["update_norm"] = row.pop("step_scale", 1.0) * row["learning_rate"] * 120.0
