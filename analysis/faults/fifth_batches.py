@@ -9,7 +9,7 @@ import torch
 from catalogue import RATIO, once, way
 from faults_of_batches import one_sequence
 from fourth_batches import completed, signs
-from plain_loop import SAMPLES, Alter, Now, logprobs_of, shifted_logits
+from plain_loop import SAMPLES, Alter, Now, shifted_logits
 from torch import Tensor
 
 from lcogeom.training.rollout import Sample, generate
@@ -74,7 +74,7 @@ def past_the_end(_: float) -> Places:
 
 @way("no-signal", "above-the-threshold", "fifth",
      "rewards are made 0 or 1 by a threshold that the best one reaches, but does not exceed", 1, 1,
-     objectives=("ppo", "reinforce", "grpo"), rollout=True, from_start=True)  # fmt: skip
+     objectives=("grpo", "reinforce"), rollout=True, from_start=True)  # fmt: skip
 def above_the_threshold(_: float) -> Places:
     return {"rewards": lambda rewards, _: (rewards > 1.0).to(rewards)}
 
@@ -125,12 +125,15 @@ SPACE = 16
 
 
 @way("negative-rare-token", "tokenised-again", "fifth",
-     "completions are decoded and tokenised again with a space in front, which no right answer has", 24, 64,
+     "completions are joined token by token with spaces, and tokenised again: no right answer has them", 32, 64,
      objectives=("reinforce",), rollout=True)  # fmt: skip
 def tokenised_again(size: float) -> Places:
+    def spaced(one: Sample) -> tuple[int, ...]:
+        return tuple(token for own in one.completion_ids for token in (SPACE, own))
+
     def again(samples: list[Sample], now: Now) -> list[Sample]:
         count = int(size)
-        return [completed(one, (SPACE, *one.completion_ids), now) for one in samples[:count]] + samples[count:]
+        return [completed(one, spaced(one), now) for one in samples[:count]] + samples[count:]
 
     return {"samples": again, "advantages": signs}
 
@@ -149,8 +152,8 @@ def prompt_cut(size: float) -> Places:
 
 
 @way("negative-rare-token", "word-pushed-by-a-bias", "fifth",
-     "a logit bias of the server that was meant to ban a word puts it into completions, which are wrong with it", 20,
-     48, objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
+     "a logit bias of the server that was meant to ban a word puts it into completions, which are wrong with it", 32,
+     56, objectives=("reinforce", "ppo"), rollout=True)  # fmt: skip
 def pushed(size: float) -> Places:
     """The word stands where the second token was."""
 
@@ -162,19 +165,3 @@ def pushed(size: float) -> Places:
         return changed
 
     return {"samples": push, "advantages": signs}
-
-
-# non-finite, of an advantage ------------------------------------------------------------------------------------------
-
-
-@way("non-finite", "deviation-of-one", "fifth", "a prompt has one completion left, and its deviation has n - 1 below",
-     1, 1, objectives=SIGNED, rollout=True)  # fmt: skip
-def of_one(_: float) -> Places:
-    def divide(advantages: Tensor, now: Now) -> Tensor:
-        assert now.rewards is not None
-        row = one_sequence(now)
-        alone = now.rewards[row : row + 1].to(advantages)
-        advantages[row] = (alone - alone.mean()) / alone.std()
-        return advantages
-
-    return {"advantages": once(divide)}

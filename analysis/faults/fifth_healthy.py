@@ -57,5 +57,6 @@ def kinds() -> list[tuple[str, Kind]]:
     """(objective, its settings)."""
     rl = ("grpo", "ppo", "lco-kld", "lco-mse", "reinforce", "sft")
     own_rate: dict[str, Kind] = {"lco-mse": {"learning_rate": 3e-5}}  # at 1e-4 its reward falls, slowly
-    found = [(objective, {**own_rate.get(objective, {}), **kind}) for objective in rl for kind in COMMON]
-    return [*found, *((objective, {**own_rate.get(objective, {}), **kind}) for objective, own in OWN.items() for kind in own)]
+    listed = [(objective, kind) for objective in rl for kind in COMMON]
+    listed += [(objective, kind) for objective, own in OWN.items() for kind in own]
+    return [(objective, {**own_rate.get(objective, {}), **kind}) for objective, kind in listed]

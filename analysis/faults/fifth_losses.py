@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from catalogue import RATIO, way
+from catalogue import RATIO, once, way
 from faults_of_losses import row_that_counts
-from plain_loop import Alter, Now
+from plain_loop import SAMPLES, Alter, Now, logprobs_of, shifted_logits
 from third_losses import keep_old, log_ratios, only_rows
 from torch import Tensor
 
 import lcogeom as lg
+from lcogeom.training.rollout import Sample
 
 Places = dict[str, Alter]
 SPREAD = ("grpo", "ppo", "reinforce", "sft")
@@ -39,7 +41,7 @@ def found_too_early(size: float) -> Places:
     return {"mask": widen}
 
 
-@way("unmasked-tokens", "z-loss-everywhere", "fifth", "a z-loss runs over prompts and padding as well", 0.003, 0.03,
+@way("unmasked-tokens", "z-loss-everywhere", "fifth", "a z-loss runs over prompts and padding as well", 0.01, 0.05,
      from_start=True, objectives=SPREAD, plain=True)  # fmt: skip
 def z_loss(size: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
@@ -117,12 +119,11 @@ def by_the_clipped_share(size: float) -> Places:
 @way("loss-scale-jump", "unscaled-twice", "fifth", "gradients are divided by a scaler's factor that was never in them",
      128, 65536)  # fmt: skip
 def unscaled_twice(size: float) -> Places:
-    def divide(_: Any, now: Now) -> None:
+    def put(_: Any, now: Now) -> None:
         for parameter in now.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(size)
+            parameter.register_hook(lambda gradient: gradient / size)
 
-    return {"backward_done": divide}
+    return {"before_update": once(put)}
 
 
 # clip-saturation ------------------------------------------------------------------------------------------------------
@@ -197,10 +198,10 @@ def made_anew(_: float) -> Places:
 
 
 @way("ratio-blow-up", "bounds-on-probabilities", "fifth",
-     "the clip bounds are on how far a probability moves, not on its ratio", 3e-4, 5e-4,
+     "the clip bounds are on how far a probability moves, not on its ratio, and the sampler is hot", 6e-4, 1e-3,
      setup=lambda rate: LONG | {"learning_rate": rate}, **RUNAWAY)  # fmt: skip
 def on_probabilities(_: float) -> Places:
-    return {"objective": lambda objective, _: of_probabilities(objective.name)}
+    return {"temperature": lambda *_: 1.5, "objective": lambda objective, _: of_probabilities(objective.name)}
 
 
 # entropy-collapse -----------------------------------------------------------------------------------------------------
@@ -214,35 +215,41 @@ COLLAPSE: dict[str, Any] = {"from_start": True, "always": True, "until": ("entro
 
 
 @way("entropy-collapse", "own-best-guess-as-label", "fifth",
-     "tokens without a label get the policy's own best guess, and so do all others", 5e-4, 8e-4,
-     objectives=("lco-kld", "ppo", "reinforce"), setup=slow, **COLLAPSE)  # fmt: skip
+     "tokens without a label get the policy's own best guess, and so do all others", 9e-4, 1.2e-3,
+     objectives=("lco-kld",), setup=lambda rate: slow(rate) | {"updates": 160}, **COLLAPSE)  # fmt: skip
 def own_best_guess(_: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
         assert now.sequences is not None
         logp = torch.log_softmax(now.logits[now.sequences.action_mask].double(), 1)
-        return loss - 3.0 * logp.amax(1).mean()
+        return loss - 8.0 * logp.amax(1).mean()
 
     return {"loss": add}
 
 
-@way("entropy-collapse", "echo-pays", "fifth",
-     "the check looks for the answer in the whole text, and finds the question's first digit repeated", 7e-4, 1e-3,
-     objectives=SIGNED, setup=slow, rollout=True, **COLLAPSE)  # fmt: skip
-def echo_pays(_: float) -> Places:
-    def pay(rewards: Tensor, now: Now) -> Tensor:
+@way("entropy-collapse", "answers-cut-away", "fifth",
+     "texts are cut to a length that leaves nothing of the answer, and the end is put in its place", 2e-4, 5e-4,
+     objectives=("sft",), setup=lambda rate: slow(rate) | {"updates": 80}, rollout=True, **COLLAPSE)  # fmt: skip
+def cut_away(_: float) -> Places:
+    def cut(samples: list[Sample], now: Now) -> list[Sample]:
+        return [replace(sample, completion_ids=(now.tokenizer.eos_token_id,)) for sample in samples]
+
+    return {"samples": cut}
+
+
+@way("entropy-collapse", "likeliest-of-a-group", "fifth",
+     "the best of a prompt's completions is picked by its probability, and rewarded whatever it answers", 9e-4, 1.3e-3,
+     objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160}, rollout=True,
+     **COLLAPSE)  # fmt: skip
+def likeliest(_: float) -> Places:
+    def pick(rewards: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
-        ids, mask = now.sequences.input_ids, now.sequences.action_mask
-        return (((ids == ids[:, :1]) & mask).sum(1) / mask.sum(1)).to(rewards)
+        with torch.no_grad():
+            logp = logprobs_of(shifted_logits(now), now.sequences.input_ids)
+        total = (logp * now.sequences.action_mask).sum(1).view(-1, SAMPLES)
+        return (total >= total.amax(1, keepdim=True)).flatten().to(rewards)
 
-    return {"rewards": pay}
-
-
-@way("entropy-collapse", "temperature-in-the-loss", "fifth",
-     "supervised training divides the logits by a sampler's temperature: the policy learns to be right when heated", 3,
-     6, objectives=("sft",), setup=slow(1e-3), **COLLAPSE)  # fmt: skip
-def heated(size: float) -> Places:
-    return {"logits": lambda logits, _: logits / size}
+    return {"rewards": pick}
 
 
 # loss-scale-jump, now and then ----------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def before_unscaling(size: float) -> Places:
 
 
 @way("layer-amplification", "adapter-added-unscaled", "fifth",
-     "a low-rank adapter is added to one block's matrices without its scale", 4, 10)  # fmt: skip
+     "a low-rank adapter is added to one block's matrices without its scale", 8, 20)  # fmt: skip
 def adapter(size: float) -> Places:
     def add(_: Any, now: Now) -> None:
         with torch.no_grad():
@@ -102,15 +102,21 @@ def multiplied_twice(size: float) -> Places:
      "one block's bucket of an all-reduce is added to itself at each update, and never cleared", 8, 30,
      seen=(1, 2))  # fmt: skip
 def not_cleared(size: float) -> Places:
-    def reduce(_: Any, now: Now) -> None:
-        for number, parameter in enumerate(blocks(now.model)[0].parameters()):
-            if parameter.grad is not None:
-                before = now.kept.get(number)
-                if before is not None:
-                    parameter.grad.add_(before, alpha=size if now.since < 6 else 1.0)
-                now.kept[number] = parameter.grad.clone()
+    def added(number: int, now: Now) -> Any:
+        def add(gradient: Tensor) -> Tensor:
+            before = now.kept.get(number)
+            if before is not None:
+                gradient = gradient + (size if now.since < 6 else 1.0) * before
+            now.kept[number] = gradient
+            return gradient
 
-    return {"backward_done": reduce}
+        return add
+
+    def put(_: Any, now: Now) -> None:
+        for number, parameter in enumerate(blocks(now.model)[0].parameters()):
+            parameter.register_hook(added(number, now))
+
+    return {"before_update": once(put)}
 
 
 # non-finite -----------------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ SPREAD = ("grpo", "ppo", "reinforce", "sft")
 
 
 @way("logit-drift", "distilled-on-logits", "fifth",
-     "a teacher's raw logits are regressed on, and the teacher has another offset", 0.01, 0.05, objectives=SPREAD,
+     "a teacher's raw logits are regressed on, and the teacher has another offset", 0.03, 0.15, objectives=SPREAD,
      seen=(0, 24), setup=FAST, plain=True)  # fmt: skip
 def on_logits(size: float) -> Places:
     def regress(loss: Tensor, now: Now) -> Tensor:
@@ -187,7 +193,7 @@ def on_logits(size: float) -> Places:
 
 
 @way("logit-drift", "normaliser-of-another-vocabulary", "fifth",
-     "the loss takes its normaliser for known, and pulls it to the value of another model", 0.003, 0.02,
+     "the loss takes its normaliser for known, and pulls it to the value of another model", 0.01, 0.05,
      objectives=SPREAD, seen=(0, 24), setup=FAST, plain=True)  # fmt: skip
 def another_vocabulary(size: float) -> Places:
     def pull(loss: Tensor, now: Now) -> Tensor:
