@@ -186,15 +186,16 @@ def of_probabilities(name: str, bound: float = 0.3) -> lg.Objective:
 
 LONG: dict[str, Any] = {"inner_epochs": 30, "updates": 60, "advantages": "reinforce"}
 RUNAWAY: dict[str, Any] = {
-    "objectives": RATIO, "from_start": True, "always": True, "seen": (1, 12), "until": ("ratio_max", 5.0), "plain": True
+    "objectives": RATIO, "from_start": True, "always": True, "seen": (1, 12), "until": ("ratio_max", 12.0),
+    "plain": True,
 }  # fmt: skip
 
 
 @way("ratio-blow-up", "old-is-now", "fifth",
-     "the old log-probabilities in the loss are the current ones, made anew at each of many updates on one rollout",
-     3e-4, 5e-4, setup=lambda rate: LONG | {"learning_rate": rate}, **RUNAWAY)  # fmt: skip
+     "the old log-probabilities in the loss are the current ones, made anew at each of many updates on a hot sampler's "
+     "rollout", 5e-4, 9e-4, setup=lambda rate: LONG | {"learning_rate": rate}, **RUNAWAY)  # fmt: skip
 def made_anew(_: float) -> Places:
-    return {"objective": lambda objective, _: old_is_now(objective.name)}
+    return {"temperature": lambda *_: 1.4, "objective": lambda objective, _: old_is_now(objective.name)}
 
 
 @way("ratio-blow-up", "bounds-on-probabilities", "fifth",
@@ -216,7 +217,8 @@ COLLAPSE: dict[str, Any] = {"from_start": True, "always": True, "until": ("entro
 
 @way("entropy-collapse", "own-best-guess-as-label", "fifth",
      "tokens without a label get the policy's own best guess, and so do all others", 9e-4, 1.2e-3,
-     objectives=("lco-kld",), setup=lambda rate: slow(rate) | {"updates": 160}, **COLLAPSE)  # fmt: skip
+     objectives=("lco-kld",), setup=lambda rate: slow(rate) | {"updates": 160, "inner_epochs": 1},
+     **COLLAPSE)  # fmt: skip
 def own_best_guess(_: float) -> Places:
     def add(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
@@ -229,8 +231,11 @@ def own_best_guess(_: float) -> Places:
 
 @way("entropy-collapse", "answers-cut-away", "fifth",
      "texts are cut to a length that leaves nothing of the answer, and the end is put in its place", 2e-4, 5e-4,
-     objectives=("sft",), setup=lambda rate: slow(rate) | {"updates": 80}, rollout=True, **COLLAPSE)  # fmt: skip
+     objectives=("sft",), setup=lambda rate: slow(rate) | {"updates": 80}, rollout=True, also=("logit-drift",),
+     **COLLAPSE)  # fmt: skip
 def cut_away(_: float) -> Places:
+    """Such a token is new at its place: the normaliser moves by nats before the entropy falls."""
+
     def cut(samples: list[Sample], now: Now) -> list[Sample]:
         return [replace(sample, completion_ids=(now.tokenizer.eos_token_id,)) for sample in samples]
 
@@ -239,8 +244,8 @@ def cut_away(_: float) -> Places:
 
 @way("entropy-collapse", "likeliest-of-a-group", "fifth",
      "the best of a prompt's completions is picked by its probability, and rewarded whatever it answers", 9e-4, 1.3e-3,
-     objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160}, rollout=True,
-     **COLLAPSE)  # fmt: skip
+     objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160, "inner_epochs": 1},
+     rollout=True, **COLLAPSE)  # fmt: skip
 def likeliest(_: float) -> Places:
     def pick(rewards: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None

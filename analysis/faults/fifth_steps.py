@@ -17,7 +17,7 @@ Places = dict[str, Alter]
 
 
 @way("step-too-large", "plateau-factor-above-one", "fifth",
-     "the rate is to fall on a plateau, its factor is the inverse of the one meant, and all is a plateau", 15,
+     "the rate is to fall on a plateau, its factor is the inverse of the one meant, and all is a plateau", 25,
      60)  # fmt: skip
 def plateau(size: float) -> Places:
     return {"rate": lambda rate, now: rate * min(size ** (1 + now.since // 5), 1000.0)}
@@ -74,7 +74,7 @@ def before_unscaling(size: float) -> Places:
 
 
 @way("layer-amplification", "adapter-added-unscaled", "fifth",
-     "a low-rank adapter is added to one block's matrices without its scale", 8, 20)  # fmt: skip
+     "a low-rank adapter is added to one block's matrices without its scale", 5, 12)  # fmt: skip
 def adapter(size: float) -> Places:
     def add(_: Any, now: Now) -> None:
         with torch.no_grad():
@@ -193,19 +193,19 @@ def on_logits(size: float) -> Places:
 
 
 @way("logit-drift", "normaliser-of-another-vocabulary", "fifth",
-     "the loss takes its normaliser for known, and pulls it to the value of another model", 0.01, 0.05,
+     "the loss takes its normaliser for known, and pulls it to the value of another model", 0.01, 0.03,
      objectives=SPREAD, seen=(0, 24), setup=FAST, plain=True)  # fmt: skip
 def another_vocabulary(size: float) -> Places:
     def pull(loss: Tensor, now: Now) -> Tensor:
         assert now.logits is not None
         assert now.sequences is not None
-        return loss + size * (now.logits[now.sequences.action_mask].double().logsumexp(1) - 60.0).square().mean()
+        return loss + size * (now.logits[now.sequences.action_mask].double().logsumexp(1) - 25.0).square().mean()
 
     return {"loss": pull}
 
 
 @way("logit-drift", "average-added-to-the-head", "fifth",
-     "a share of the head's averaged weights is added at each step, and the head is not reduced by as much", 0.02, 0.08,
+     "a share of the head's averaged weights is added at each step, and the head is not reduced by as much", 0.04, 0.1,
      seen=(1, 6))  # fmt: skip
 def average_added(size: float) -> Places:
     def add(_: Any, now: Now) -> None:
