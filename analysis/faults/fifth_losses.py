@@ -245,9 +245,9 @@ def cut_away(_: float) -> Places:
 @way("entropy-collapse", "likeliest-of-a-group", "fifth",
      "the best of a prompt's completions is picked by its probability, and rewarded whatever it answers", 9e-4, 1.3e-3,
      objectives=("reinforce", "ppo"), setup=lambda rate: slow(rate) | {"updates": 160, "inner_epochs": 1},
-     rollout=True, seen=(3, 3), **COLLAPSE)  # fmt: skip
+     rollout=True, seen=(5, 5), **COLLAPSE)  # fmt: skip
 def likeliest(_: float) -> Places:
-    """In the first rollouts the likeliest one may well be the right one in each group."""
+    """In the first rollouts the likeliest one is often the right one in each group."""
 
     def pick(rewards: Tensor, now: Now) -> Tensor:
         assert now.sequences is not None
