@@ -19,7 +19,7 @@ RATIO = ("grpo", "ppo")
 ALL = (*RL, "sft")
 
 
-SERIES = {"first": 0, "second": 5000, "third": 9000, "fourth": 13000}
+SERIES = {"first": 0, "second": 5000, "third": 9000, "fourth": 13000, "fifth": 17000}
 """In the order in which they were made, each with what its seeds begin at."""
 
 
@@ -219,7 +219,8 @@ def healthy_cases() -> list[Case]:
                     **{"objective": objective, **BY_OBJECTIVE.get(objective, {}), "updates": 24},
                 )
                 cases.append(Case(f"healthy/{objective}-{loop}/{place}", half, start + turn, setup, loop=loop))
-    return [*cases, *healthy_of("third", after=500, place=19), *healthy_of("fourth", after=600, place=199)]
+    later = (("third", 500, 19), ("fourth", 600, 199), ("fifth", 600, 399))
+    return [*cases, *(case for series, after, place in later for case in healthy_of(series, after=after, place=place))]
 
 
 def healthy_of(series: str, *, after: int, place: int) -> list[Case]:
@@ -252,7 +253,7 @@ def healthy_of(series: str, *, after: int, place: int) -> list[Case]:
 
 def ways() -> list[Way]:
     """Every way, series by series: a way's place in the list gives its runs their models and objectives."""
-    for start in ("faults_of", "third", "fourth"):
+    for start in ("faults_of", "third", "fourth", "fifth"):
         for kind in ("batches", "losses", "steps"):
             importlib.import_module(f"{start}_{kind}")
     return WAYS

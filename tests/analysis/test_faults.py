@@ -51,6 +51,7 @@ def test_the_catalogue_covers_every_cause_on_both_halves(bench: Any) -> None:
         "tuning",
         "tuning",
         "tuning",
+        "tuning",
         "held-out",
     ]
     seeds = {half: {case.seed for case in cases if case.half == half} for half in ("tuning", "held-out")}
