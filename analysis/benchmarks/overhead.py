@@ -1,12 +1,12 @@
 """What does the recorder cost: time and memory of an update with it, over the same update without it?
 
-    python analysis/benchmarks/overhead.py                  (20 minutes on 2 idle cores)
+    python analysis/benchmarks/overhead.py                  (50 minutes on 2 idle cores)
     python analysis/benchmarks/overhead.py --models tiny --out FILE         (1 minute)
 
 One update is forward, backward and AdamW of a GRPO-like loss on 8 x 128 tokens of a batch with advantages; the
 recorder is `lcogeom.attach` as it comes (256 tokens an update, sketches of 64 KiB). 20 interleaved pairs of turns, in
-one process on one model, the recorder on and off; a turn is two updates of SmolLM2 or ten of `tiny`, with their share
-of a flush. Peak memory: resident set of one process with and one without it.
+one process on one model, the recorder on and off; a turn is four updates of SmolLM2 or ten of `tiny`, with their share
+of a flush (by itself the recorder makes one every ten updates). Peak memory: resident set of one process with and one without it.
 Writes overhead.json beside this file and the numbers into analysis/README.md.
 """
 
@@ -32,7 +32,7 @@ from lcogeom.models import LoadedModel, load_model
 HERE = Path(__file__).parent
 MARKS = ("<!-- overhead: written by the script -->", "<!-- overhead: end -->")
 PAIRS = 20
-UPDATES = {"smollm2": 2, "tiny": 10}
+UPDATES = {"smollm2": 4, "tiny": 10}
 """Updates of one turn."""
 LENGTH = {"smollm2": 128, "tiny": 128}
 
