@@ -6,7 +6,8 @@
 One update is forward, backward and AdamW of a GRPO-like loss on 8 x 128 tokens of a batch with advantages; the
 recorder is `lcogeom.attach` as it comes (256 tokens an update, sketches of 64 KiB). 20 interleaved pairs of turns, in
 one process on one model, the recorder on and off; a turn is four updates of SmolLM2 or ten of `tiny`, with their share
-of a flush (by itself the recorder makes one every ten updates). Peak memory: resident set of one process with and one without it.
+of a flush (by itself the recorder makes one every ten updates). Peak memory: resident set of one process with and one
+without it.
 Writes overhead.json beside this file and the numbers into analysis/README.md.
 """
 

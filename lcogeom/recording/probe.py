@@ -15,10 +15,11 @@ import transformers
 from torch import Tensor
 
 from lcogeom.objectives import Objective
+from lcogeom.recording.arrivals import completion_tokens, looked_at, norm_of_rows
 from lcogeom.recording.audit import StepAuditor
 from lcogeom.recording.batch import BatchRecord
 from lcogeom.recording.black_box import BlackBox
-from lcogeom.recording.candidates import Candidates, Rows, choose, own
+from lcogeom.recording.candidates import Rows, choose, own
 from lcogeom.recording.gradients import GradientMeter
 from lcogeom.recording.head import output_head, vocabulary_size
 from lcogeom.recording.passes import ModelParts
@@ -248,7 +249,6 @@ class Probe:
 
     def _arrived(self, sighting: Sighting) -> None:
         """A backward pass reached the tap: keep its completion tokens."""
-        values, gradient = sighting.values, sighting.gradient
         if not self._in_backward:
             self._forget_skipped()  # not between two forward passes of one backward pass: its gradients are to come
             self._in_backward = True
@@ -258,60 +258,43 @@ class Probe:
         batch, ids = self._said_of(sighting.ids)
         if self._black_box is not None:
             self._black_box.arrived(sighting.ids, batch)
-        # logits_to_keep: only the last positions were computed. Log-probabilities belong to the token after, so their
-        # first entry is the second token's.
-        kept = ids.shape[1] - values.shape[1] - (sighting.kind == "log_probs")
-        if batch is not None and batch.mask is not None:
-            sequence, place = batch.mask.to(ids.device).nonzero(as_tuple=True)
-        else:
-            moved = gradient != 0 if sighting.kind == "log_probs" else (gradient[:, :-1] != 0).any(2)
-            sequence, place = moved.nonzero(as_tuple=True)
-            place = place + kept + 1
-        if len(place) and int(place.min()) <= kept:
-            raise ValueError(
-                f"action_mask: it marks input position {int(place.min())}, but the model computed "
-                f"{values.shape[1]} of {ids.shape[1]} positions. Keep one more in logits_to_keep."
-            )
+        sequence, place = completion_tokens(sighting, ids, batch)
         update.tokens += len(place)
         self._keep_for_audit(batch, ids, sequence, place)
-        first = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
-        if batch is not None and batch.mask is not None:
-            first = batch.mask.to(ids.device).int().argmax(1)
-        # Chosen before anything is copied: of logits, all tokens' rows may not fit a second time.
-        at = place - 1 - kept
-        sizes = gradient.abs().float() if gradient.ndim == 2 else _norm_of_rows(gradient)
-        if batch is not None and batch.mask is not None:
-            update.inside.append(_inside(sizes, sequence, at))
-        [(rows, weight)] = choose([sizes[sequence, at]], self._budget, self._rng)
-        sequence, place, at = sequence[rows], place[rows], at[rows]
-        actions = ids[sequence, place]
         factor = torch.ones((), dtype=torch.float64) if self._factor is None else self._factor
-        some = Candidates(
-            values=Rows(values, sequence, at),
-            gradients=Rows(gradient.detach(), sequence, at),
-            sequence=sequence + update.sequences,
-            position=place - first[sequence],
-            actions=actions,
-            weight=weight,
-            factor=(factor * self._ranks.size).to(weight.device).expand(len(rows)),  # the step is made of their mean
-            batch=None if batch is None else batch.rows(sequence, place, rows, actions),
+        some, inside = looked_at(
+            sighting,
+            ids,
+            batch,
+            (sequence, place),
+            first_sequence=update.sequences,
+            factor=factor * self._ranks.size,  # the step is made of the processes' mean
+            budget=self._budget,
+            rng=self._rng,
         )
         update.sequences += ids.shape[0]
-        if not len(rows):
+        if inside is not None:
+            update.inside.append(inside)
+        if not len(some.actions):
             return
         if sighting.kind == "hidden":
             update.candidates.append(some.gathered())
         elif sighting.kind == "logits":  # they are too large to keep until the step
             update.measured.append(measure(some, self._objective, None, self._temperature))
         else:
-            entropy, squares = sighting.entropy, sighting.log_sum_sq_probs
+            rows = some.values
+            assert isinstance(rows, Rows)
+            entropy, squares = (
+                None if beside is None else beside[rows.sequence, rows.place]
+                for beside in (sighting.entropy, sighting.log_sum_sq_probs)
+            )
             update.measured.append(
                 measure_logprobs(
                     some.gathered(),
                     self._objective,
                     vocabulary=self._vocabulary,
-                    entropy=None if entropy is None else entropy[sequence, at],
-                    sum_sq_prob=None if squares is None else squares[sequence, at].double().exp(),
+                    entropy=entropy,
+                    sum_sq_prob=None if squares is None else squares.double().exp(),
                     temperature=self._temperature,
                 )
             )
@@ -367,7 +350,7 @@ class Probe:
             raise TapError(silence(self._tap))
         head = self._head if self._head is None or self._tap.kind == "logits" else self._head.gathered()
         if update.candidates:
-            kept = choose([_norm_of_rows(own(some.gradients)) for some in update.candidates], self._budget, self._rng)
+            kept = choose([norm_of_rows(own(some.gradients)) for some in update.candidates], self._budget, self._rng)
             for some, (rows, growth) in zip(update.candidates, kept, strict=True):
                 if len(rows):
                     part = replace(some[rows], weight=some.weight[rows] * growth)
@@ -410,16 +393,6 @@ class Probe:
         late = self._ranks.size == 1 and time.monotonic() - self._flushed > FLUSH_SECONDS  # clocks differ
         if self._unwritten >= self._flush_every or late:
             self.flush()
-
-
-def _norm_of_rows(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
-
-
-def _inside(sizes: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
-    """(2,) float64: squared norm of the gradient at the completion tokens, and everywhere."""
-    squares = sizes.double().square()
-    return torch.stack([squares[sequence, place].sum(), squares.sum()])
 
 
 def _size(columns: Columns) -> Tensor:
