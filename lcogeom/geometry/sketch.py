@@ -129,7 +129,7 @@ class LinearSketch:
         """(size,)."""
         self._settle()
         places = _deal(self._length, self._seed, self._device)
-        return torch.add(*self._halves)[places].view(-1, self._size).sum(0)
+        return torch.add(*self._halves).index_select(0, places).view(-1, self._size).sum(0)
 
     def _add_blocks(self, values: Tensor, start: int) -> None:
         """All blocks in one call: it needs no GIL."""
