@@ -117,3 +117,31 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(threads)
     for name in ("log_odds", "others_entropy", "seen_along", "seen_rest"):
         assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_buffers_that_are_kept_change_no_earlier_result(device: torch.device) -> None:
+    """Two batches of one shape, the first one within inference mode, where tensors cannot be written to later."""
+    z, actions = (part.to(device) for part in rows("plain", 50))
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    with torch.inference_mode():
+        first = softmax_sums(z, actions, g)
+    again = [softmax_sums(z, actions, g), softmax_sums(2 * z, actions, -g), softmax_sums(z, actions, g)]
+    for one in (again[0], again[2]):
+        for name in ("log_odds", "others_entropy", "others_squares", "seen_along", "seen_rest", "seen_sum"):
+            assert torch.equal(getattr(one, name), getattr(first, name))
+    assert not torch.equal(again[1].log_odds, first.log_odds)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e-10, 1e-30])
+def test_small_gradients_are_told_from_others_as_large_ones_are(size: float, device: torch.device) -> None:
+    """Along s, the residual is rounding; off it by a tenth, it is a tenth: whatever the gradient's size."""
+    z, actions = (part.to(device) for part in rows("plain", 50))
+    s = -torch.softmax(z.scatter(1, actions[:, None], -torch.inf), 1).scatter(1, actions[:, None], -1.0)
+    off = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    off -= (off * s).sum(1, keepdim=True) / s.square().sum(1, keepdim=True) * s
+    off *= 0.1 * s.norm(dim=1, keepdim=True) / off.norm(dim=1, keepdim=True)
+    for part, wanted in ((s, 0.0), (s + off, 0.1)):
+        found = softmax_sums(z.float(), actions, (size * part).float())
+        assert found.seen_rest is not None
+        misfit = found.seen_rest.sqrt() / (size * s.norm(dim=1))
+        assert torch.allclose(misfit, torch.full_like(misfit, wanted), rtol=1e-4, atol=1e-5)
