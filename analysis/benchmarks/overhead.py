@@ -1,12 +1,13 @@
 """What does the recorder cost: time and memory of an update with it, over the same update without it?
 
-    python analysis/benchmarks/overhead.py                  (50 minutes on 2 idle cores)
+    python analysis/benchmarks/overhead.py                  (30 minutes on 2 idle cores)
     python analysis/benchmarks/overhead.py --models tiny --out FILE         (1 minute)
 
 One update is forward, backward and AdamW of a GRPO-like loss on 8 x 128 tokens of a batch with advantages; the
 recorder is `lcogeom.attach` as it comes (256 tokens an update, sketches of 64 KiB). 20 interleaved pairs of turns, in
-one process on one model, the recorder on and off; a turn is four updates of SmolLM2 or ten of `tiny`, with their share
-of a flush (by itself the recorder makes one every ten updates). Peak memory: resident set of one process with and one
+one process on one model, the recorder on and off; a turn is two updates of SmolLM2 or ten of `tiny`, with their share
+of a flush (by itself the recorder makes one every ten updates). Before them a few turns of a process that has never had
+a recorder: it must not slow down a loop that it has left, either. Peak memory: resident set of one process with and one
 without it.
 Writes overhead.json beside this file and the numbers into analysis/README.md.
 """
@@ -32,8 +33,8 @@ from lcogeom.models import LoadedModel, load_model
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- overhead: written by the script -->", "<!-- overhead: end -->")
-PAIRS = 20
-UPDATES = {"smollm2": 4, "tiny": 10}
+PAIRS, NEVER = 20, 4
+UPDATES = {"smollm2": 2, "tiny": 10}
 """Updates of one turn."""
 LENGTH = {"smollm2": 128, "tiny": 128}
 
@@ -72,7 +73,13 @@ def measure_time(name: str, threads: int, folder: Path) -> dict[str, list[float]
     """Seconds of an update in each turn, without and with the recorder, its share of a flush included."""
     torch.set_num_threads(threads)
     loop, updates = Loop(load_model(name), LENGTH[name]), UPDATES[name]
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    seconds: dict[str, list[float]] = {"never": [], "without": [], "with": []}
+    for turn in range(NEVER + 1):
+        began = time.perf_counter()
+        for _ in range(updates):
+            loop.update(None)
+        if turn:  # the first warms up
+            seconds["never"].append((time.perf_counter() - began) / updates)
     for turn in range(PAIRS + 1):
         for kind in ("without", "with") if turn % 2 else ("with", "without"):
             probe = None
@@ -128,15 +135,17 @@ def report(results: dict) -> str:
     lines = [
         f"{about['date']}, {about['cpu']}, torch {about['torch']}, float32, 8 x 128 tokens. GPU: not measured.",
         "",
-        "| model | threads | update, s | with the recorder, s | ratio, median [95 %] of the pairs | peak MiB | ratio |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | threads | update, s: before any recorder | between | with it | ratio of the last two, median [95 %] "
+        "of the pairs | peak MiB | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
         plain, recorded = np.array(row["without"]), np.array(row["with"])
         middle, low, high = interval(recorded / plain)
         memory: list[float] = row["memory"]
         lines.append(
-            f"| {row['model']} | {row['threads']} | {np.median(plain):.3f} | {np.median(recorded):.3f} | "
+            f"| {row['model']} | {row['threads']} | {np.median(row['never']):.3f} | {np.median(plain):.3f} | "
+            f"{np.median(recorded):.3f} | "
             f"{middle:.3f} [{low:.3f}, {high:.3f}] | {memory[0]:.0f} | {memory[1] / memory[0]:.3f} |"
         )
     return "\n".join(lines)
