@@ -48,7 +48,7 @@ def _no_team() -> None:
     """Calls into torch from this thread start no OpenMP threads of their own.
 
     With teams beside that of the training loop libgomp counts more threads than there are cores, and from then on lets
-    the loop's sleep at every barrier instead of waiting awake: an update took 8 % longer, for good, where that was tried.
+    the loop's sleep at every barrier instead of waiting awake: an update took 8 % longer, for good, when tried.
     """
     torch.get_num_threads()  # the first call in a thread sets its number, and would do so later
     for runtime in _openmp():
